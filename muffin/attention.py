@@ -1,0 +1,222 @@
+"""Shared-prefix attention over packed rows, as an attention function of transformers.
+
+In a packed row (`muffin.packing`) every branch sees its own prefix and itself, causally, and nothing else. Two equal forms:
+
+- SDPA, per prompt: prefix and first branch are contiguous, one causal call; every further branch is one call on its own queries and the
+  gathered keys `[prefix, branch]` with a bottom-right causal mask.
+- one varlen call for the whole row on CUDA in half precision: flash-attn's `flash_attn_varlen_func` if installed, else torch's
+  `varlen_attn`. Queries stay where they are, keys and values are gathered as `[prefix, branch]`; causal is aligned bottom-right when
+  there are fewer queries than keys.
+
+The function is not registered with transformers' AttentionMaskInterface, so no T x T mask is ever built for it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+
+from muffin.packing import PackedLayout
+
+# transformers treats names that contain "sdpa", "flash" or "flex" specially; this one must not.
+PACKED_ATTENTION = "muffin_packed"
+
+VarlenKernel = Callable[..., Tensor]
+
+
+class _Calls:
+    """How often packed attention ran inside the current `packed_attention`; zero after a forward means it was bypassed."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+_calls: ContextVar[_Calls | None] = ContextVar("packed_attention_calls", default=None)
+
+
+def decoder_config(model: nn.Module) -> PreTrainedConfig:
+    """Config of the text decoder inside any wrapper (DDP, FSDP, DeepSpeed, peft)."""
+    inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    return inner.config.get_text_config()
+
+
+def check_prefix_sharing(config: PreTrainedConfig) -> None:
+    """Raise ValueError naming the feature if a decoder's attention is not plain causal softmax over the whole prefix."""
+    values = config.to_dict()
+    name = values.get("model_type")
+    other_layers = sorted(set(values.get("layer_types") or ()) - {"full_attention"})
+    if other_layers:
+        raise ValueError(
+            f"{name} has {', '.join(other_layers)} layers, which cannot share a prefix in one row; pack it with prefix_sharing=False"
+        )
+    if values.get("sliding_window") and values.get("use_sliding_window", True):
+        raise ValueError(f"{name} uses sliding-window attention ({values['sliding_window']} tokens), which packed rows do not support")
+    if values.get("attn_logit_softcapping"):
+        raise ValueError(f"{name} soft-caps attention logits ({values['attn_logit_softcapping']}), which packed rows do not support")
+
+
+@contextmanager
+def packed_attention(model: nn.Module) -> Iterator[_Calls]:
+    """Run the decoder of `model` with shared-prefix attention; the implementation it had is restored on leaving.
+
+    May be nested. Under gradient checkpointing the backward pass recomputes attention, so backward must run inside the context too.
+    Raises ValueError for decoders that cannot share a prefix (`check_prefix_sharing`).
+    """
+    outer = _calls.get()
+    config = decoder_config(model)
+    if outer is not None and config._attn_implementation == PACKED_ATTENTION:
+        yield outer
+        return
+    check_prefix_sharing(config)
+    stock = config._attn_implementation
+    calls = _Calls()
+    token = _calls.set(calls)
+    config._attn_implementation_internal = PACKED_ATTENTION  # the public setter walks every module and re-checks; this runs per batch
+    try:
+        yield calls
+    finally:
+        config._attn_implementation_internal = stock
+        _calls.reset(token)
+
+
+def inside_packed_attention() -> bool:
+    return _calls.get() is not None
+
+
+def shared_prefix_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    packed_layout: PackedLayout | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """transformers' attention function for packed rows.
+
+    query (1, Hq, T, D), key and value (1, Hkv, T, D), after RoPE; returns (1, T, Hq, D) and None for the weights.
+    """
+    if packed_layout is None:
+        raise ValueError(
+            "packed attention was called without packed_layout; use muffin.logps.response_logps, or generate outside packed_attention"
+        )
+    if attention_mask is not None:
+        raise ValueError(f"packed attention takes no attention_mask, got one of shape {tuple(attention_mask.shape)}")
+    if dropout:
+        raise ValueError(f"packed attention has no dropout, got {dropout}; set attention_dropout to 0 in the model's config")
+    calls = _calls.get()
+    if calls is not None:
+        calls.count += 1
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast RoPE promotes q and k to float32 while v stays bfloat16
+    kernel = varlen_kernel(query.device.type, query.dtype)
+    if kernel is None:
+        return _attend_per_span(query, key, value, scaling, packed_layout), None
+    return _attend_varlen(kernel, query, key, value, scaling, packed_layout), None
+
+
+AttentionInterface.register(PACKED_ATTENTION, shared_prefix_attention)
+
+
+def _attend_per_span(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: PackedLayout) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:  # grouped-query attention: SDPA's own enable_gqa falls back to a slow kernel when a mask is given
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    outputs = []
+    for span in layout.spans:
+        prefix_end = span.start + span.prefix
+        first_end = prefix_end + span.branches[0]
+        own = slice(span.start, first_end)
+        outputs.append(F.scaled_dot_product_attention(query[:, :, own], key[:, :, own], value[:, :, own], is_causal=True, scale=scaling))
+        start = first_end
+        for length in span.branches[1:]:
+            if length == 0:
+                continue
+            branch, prefix = slice(start, start + length), slice(span.start, prefix_end)
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    query[:, :, branch],
+                    torch.cat([key[:, :, prefix], key[:, :, branch]], dim=2),
+                    torch.cat([value[:, :, prefix], value[:, :, branch]], dim=2),
+                    attn_mask=torch.ones(length, span.prefix + length, dtype=torch.bool, device=query.device).tril(span.prefix),
+                    scale=scaling,
+                )
+            )
+            start += length
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
+def _attend_varlen(kernel: VarlenKernel, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: PackedLayout) -> Tensor:
+    gathered = [tensor[0].transpose(0, 1).index_select(0, layout.kv_index) for tensor in (key, value)]
+    output = kernel(
+        query[0].transpose(0, 1).contiguous(),
+        *gathered,
+        cu_seqlens_q=layout.cu_seqlens_q,
+        cu_seqlens_k=layout.cu_seqlens_k,
+        max_seqlen_q=layout.max_seqlen_q,
+        max_seqlen_k=layout.max_seqlen_k,
+        softmax_scale=scaling,
+        causal=True,
+    )
+    return output[None]
+
+
+def attention_family(device_type: str, dtype: torch.dtype) -> str:
+    """Which kernel packed attention runs on: "flash_attention_2", "torch_varlen" or "sdpa". Part of the reference's numerics."""
+    if device_type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return "sdpa"
+    if find_spec("flash_attn") is not None:
+        return "flash_attention_2"
+    if find_spec("torch.nn.attention.varlen") is not None:
+        return "torch_varlen"
+    return "sdpa"
+
+
+@cache
+def varlen_kernel(device_type: str, dtype: torch.dtype) -> VarlenKernel | None:
+    """The varlen kernel for tensors of this device and dtype, with flash-attn's keyword names; None means SDPA."""
+    match attention_family(device_type, dtype):
+        case "flash_attention_2":
+            from flash_attn import flash_attn_varlen_func
+
+            return flash_attn_varlen_func
+        case "torch_varlen":
+            return _torch_varlen
+    return None
+
+
+def _torch_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float | None,
+    causal: bool,
+) -> Tensor:
+    """torch's varlen_attn under flash-attn's keyword names; causal is a window that ends at the query."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn(
+        query,
+        key,
+        value,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        scale=softmax_scale,
+        window_size=(-1, 0) if causal else (-1, -1),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
