@@ -21,12 +21,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import torch.utils.data
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 SCORING_COMMAND = "python eval/muffin_inference_logp.py --model_name_or_path MODEL --data_path DATA --output_dir SCORED"
 
@@ -166,6 +166,13 @@ class Prompt:
         return decode_image(self.image_bytes)
 
 
+@dataclass(frozen=True)
+class Demonstration(Prompt):
+    """A prompt with the answer to learn (the column `chosen`); what supervised fine-tuning is fed."""
+
+    chosen: str = ""
+
+
 class PreferenceDataset(torch.utils.data.Dataset):
     """Rows of an opened table as `PreferencePair`s. Cheap to build, copy and pickle: rows are parsed when asked for.
 
@@ -213,11 +220,13 @@ class PreferenceDataset(torch.utils.data.Dataset):
 class PromptDataset(torch.utils.data.Dataset):
     """Rows of an opened table as `Prompt`s; answers that the table may hold are not looked at. Arguments as for `PreferenceDataset`."""
 
+    required_columns: ClassVar[tuple[str, ...]] = PROMPT_COLUMNS
+
     def __init__(self, table: datasets.Dataset, column_map: Mapping[str, str] | None = None, image_root: str | Path | None = None) -> None:
         self.table = _keep_images_encoded(table)
         self.column_map = dict(column_map or {})
         self.image_root = None if image_root is None else Path(os.path.abspath(image_root))
-        self._rows = self.table.select_columns(sorted(set(_resolve(table.column_names, self.column_map, PROMPT_COLUMNS).values())))
+        self._rows = self.table.select_columns(sorted(set(_resolve(table.column_names, self.column_map, self.required_columns).values())))
 
     def __len__(self) -> int:
         return len(self.table)
@@ -225,6 +234,16 @@ class PromptDataset(torch.utils.data.Dataset):
     def __getitem__(self, position: int) -> Prompt:
         position = range(len(self))[position]
         return parse_prompt(self._rows[position], position, self.column_map, self.image_root)
+
+
+class DemonstrationDataset(PromptDataset):
+    """Rows of an opened table as `Demonstration`s; rejected answers are not looked at. Arguments as for `PreferenceDataset`."""
+
+    required_columns: ClassVar[tuple[str, ...]] = (*PROMPT_COLUMNS, "chosen")
+
+    def __getitem__(self, position: int) -> Demonstration:
+        position = range(len(self))[position]
+        return parse_demonstration(self._rows[position], position, self.column_map, self.image_root)
 
 
 def load_preferences(
@@ -257,6 +276,18 @@ def load_prompts(
     """Open data that needs to hold images and questions only. Arguments and errors as for `load_preferences`."""
     table, folder = _open_rows(path, max_rows)
     return PromptDataset(table, column_map, image_root or folder)
+
+
+def load_demonstrations(
+    path: str | Path,
+    *,
+    column_map: Mapping[str, str] | None = None,
+    max_rows: int | None = None,
+    image_root: str | Path | None = None,
+) -> DemonstrationDataset:
+    """Open data for supervised fine-tuning: image, question and chosen. Arguments and errors as for `load_preferences`."""
+    table, folder = _open_rows(path, max_rows)
+    return DemonstrationDataset(table, column_map, image_root or folder)
 
 
 def _open_rows(path: str | Path, max_rows: int | None) -> tuple[datasets.Dataset, Path | None]:
@@ -359,6 +390,18 @@ def parse_prompt(
         raise RowError(position, idx, str(error)) from error
 
 
+def parse_demonstration(
+    row: Mapping[str, Any], position: int, column_map: Mapping[str, str] | None = None, image_root: Path | None = None
+) -> Demonstration:
+    """One row of a table as a prompt with its chosen answer. Errors as for `parse_prompt`."""
+    prompt = parse_prompt(row, position, column_map, image_root)
+    column = _resolve(row, column_map, DemonstrationDataset.required_columns)["chosen"]
+    try:
+        return Demonstration(**vars(prompt), chosen=_text("chosen", row[column], role="assistant"))
+    except ValueError as error:
+        raise RowError(position, prompt.idx, str(error)) from error
+
+
 def decode_image(data: bytes) -> Image.Image:
     """Decode an image file to RGB as RLAIF-V does: alpha is dropped, EXIF rotation is not applied.
 
@@ -378,6 +421,8 @@ def decode_image(data: bytes) -> Image.Image:
                 return image.convert("RGB")
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(f"image is too large, shrink it: {error}") from error
+    except UnidentifiedImageError as error:  # its own message holds a memory address
+        raise ValueError(f"image does not decode ({len(data)} bytes): not of a format that Pillow reads") from error
     except _DAMAGED_IMAGE as error:
         raise ValueError(f"image does not decode ({len(data)} bytes): {error}") from error
 

@@ -7,12 +7,15 @@
 import importlib.util
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read by transformers and datasets when they are imported, below and by the tests
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+_ARROW_CACHE = tempfile.TemporaryDirectory(prefix="muffin-arrow-cache-")  # opened data is copied there; gone with this process
+os.environ["HF_DATASETS_CACHE"] = _ARROW_CACHE.name
 
 import pytest
 import torch

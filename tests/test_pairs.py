@@ -22,10 +22,12 @@ from muffin import pairs
 from muffin.pairs import (
     PreferenceDataset,
     PreferencePair,
+    Prompt,
     ReferenceLogps,
     RowError,
     decode_image,
     load_preferences,
+    load_prompts,
     parse_column_map,
     parse_row,
 )
@@ -695,3 +697,32 @@ def test_real_rows(samples):
     assert first.chosen.startswith("The image depicts an anthropomorphized") and first.rejected.startswith("As an AI, I don't")
     assert first.metainfo["origin_split"] == {"model": "none", "type": "placeholder answers"}
     assert all(pair.image.mode == "RGB" and min(pair.image.size) > 100 for pair in data)
+
+
+# --- prompts: rows without answers
+
+
+def test_prompts_need_no_answers(tmp_path):
+    rows = [
+        {"image": {"bytes": picture(), "path": None}, "question": "What?", "idx": "a", "ds_name": "d", "mine": 1},
+        {"image": {"bytes": picture(), "path": None}, "question": " ", "idx": "b", "ds_name": "d", "mine": 2},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    prompts = load_prompts(tmp_path / "rows.parquet")
+    assert prompts[0] == Prompt("What?", "a", picture(), {"ds_name": "d"}) and prompts[0].image.mode == "RGB"
+    assert len(prompts) == 2 and len(load_prompts(tmp_path / "rows.parquet", max_rows=1)) == 1
+    assert prompts.table.column_names == ["image", "question", "idx", "ds_name", "mine"]
+    with pytest.raises(RowError, match=r"^row 1 \(idx b\): question is empty"):
+        prompts[1]
+    with pytest.raises(ValueError, match=r"columns are missing: wanted chosen \(chosen\), rejected \(rejected\)"):
+        load_preferences(tmp_path / "rows.parquet")
+
+
+def test_prompts_of_pairs_are_those_of_the_pairs(tmp_path):
+    """Answers and stored log-probs may be there, whatever is in them; paths and own names work as for pairs."""
+    (tmp_path / "shown.png").write_bytes(picture())
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"picture": "shown.png", "ask": "What?", "chosen": None, "ref_win_logp": 0}) + "\n")
+    names = {"image": "picture", "question": "ask"}
+    assert load_prompts(tmp_path / "rows.jsonl", column_map=names)[0] == Prompt("What?", 0, picture())
+    with pytest.raises(ValueError, match=r"wanted image \(image or images or image_path\), question \(question or prompt\)"):
+        load_prompts(tmp_path / "rows.jsonl")
