@@ -1,0 +1,216 @@
+"""Generate answers to questions about images: K per prompt from one policy with one decoding setting (RLAIF-V's "deconfounded" sampling).
+
+    python data/generate_responses.py --model_name_or_path llava-hf/llava-1.5-7b-hf --data_path prompts.parquet --output_dir answers/
+
+Next: data/score_claims.py. Several GPUs: the same command behind `torchrun --nproc_per_node 8`. Processes take shards from a common
+queue, so more may join at any time by running the command on the same --output_dir. Killed: run the command again.
+
+Output: shard-*.parquet, one row per answer: all columns of its prompt, and prompt_row, answer_number, answer, truncated, failure.
+muffin_answers.json says what the answers were made with. A prompt that cannot be used has one row without answer and with the reason.
+"""
+
+import logging
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from muffin.generation import ANSWER_FEATURES, Answer, Decoding, generate
+from muffin.pairs import PromptDataset, load_prompts, parse_column_map
+from muffin.policies import EncodedResponses, PolicyAdapter, PolicyOptions, load_adapter, load_policy, resolve_checkpoint
+from muffin.provenance import Numerics, describe_reference, resolve_numerics
+from muffin.scoring import fingerprint
+from muffin.shards import Shard, ShardFolder, WorkStream, begin_run, plan_shards, with_columns, write_missing
+
+MANIFEST = "muffin_answers.json"
+
+
+@dataclass
+class GenerationOptions:
+    model_name_or_path: str = field(metadata={"help": "Policy: folder or hub id of a model, or folder of a LoRA adapter."})
+    data_path: str = field(metadata={"help": "Images and questions: Parquet or JSON-lines file, folder of Parquet files, or hub id."})
+    output_dir: str = field(metadata={"help": "Folder for the answers; a run that was killed is resumed from it."})
+    num_answers: int = field(default=10, metadata={"help": "Answers per prompt; RLAIF-V takes 10."})
+    temperature: float = field(default=0.7, metadata={"help": "Of sampling, usually 0.5 to 1; 0 is greedy, with --num_answers 1."})
+    max_new_tokens: int = field(default=512, metadata={"help": "Limit on an answer, in tokens; longer ones are cut and marked."})
+    seed: int = field(
+        default=0, metadata={"help": "Of all draws; each answer has its own, from the seed, its prompt's row and its number."}
+    )
+    dtype: Literal["auto", "bfloat16", "float32"] = field(
+        default="auto", metadata={"help": "Precision of weights and arithmetic; auto is bfloat16 where the hardware computes in it."}
+    )
+    prompt_name: str | None = field(
+        default=None,
+        metadata={"help": "Conversation template (LLaVA-1.5: llava_v1, vicuna_v1, hf); default: the checkpoint's, else llava_v1."},
+    )
+    image_aspect_ratio: str | None = field(
+        default=None, metadata={"help": "pad (whole picture) or crop (centre); default: the checkpoint's, else pad."}
+    )
+    model_max_length: int = field(default=2048, metadata={"help": "Limit on prompt (image included) plus answer, in tokens."})
+    batch_size: int = field(
+        default=8, metadata={"help": "Prompts that are generated for at once, usually 1 to 64; times --num_answers sequences."}
+    )
+    shard_rows: int = field(default=100, metadata={"help": "Prompts of one output file, usually 50 to 1000: what a kill can cost."})
+    column_map: str = field(default="", metadata={"help": "Own column names: question=prompt,image=picture."})
+    image_root: str | None = field(default=None, metadata={"help": "Folder that image paths in the data start from; default: the data's."})
+    max_rows: int | None = field(default=None, metadata={"help": "Generate for the first rows only."})
+    num_workers: int = field(default=4, metadata={"help": "Processes that decode and encode images, per process that generates; 0 to 16."})
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.shard_rows < 1 or self.num_workers < 0:
+            raise ValueError(
+                f"--batch_size {self.batch_size} and --shard_rows {self.shard_rows} must be at least 1, "
+                f"--num_workers {self.num_workers} at least 0"
+            )
+
+
+OPTIONS = (GenerationOptions,)
+DECIDING = ("num_answers", "temperature", "max_new_tokens", "seed", "batch_size", "shard_rows", "max_rows", "column_map")
+
+
+@dataclass(frozen=True)
+class GenerationSummary:
+    """Of all shards. failures: prompts without answers; words: mean per answer."""
+
+    prompts: int
+    answers: int
+    truncated: int
+    failures: int
+    words: float
+
+
+def main(argv: list[str] | None = None) -> GenerationSummary:
+    (options,) = HfArgumentParser(OPTIONS).parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+    decoding = Decoding(options.num_answers, options.temperature, options.max_new_tokens, options.seed)
+    first = int(os.environ.get("RANK", 0)) == 0  # set by torchrun, as is LOCAL_RANK
+    logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(name)s: %(message)s")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    checkpoint = resolve_checkpoint(options.model_name_or_path)
+    adapter = load_adapter(
+        checkpoint, PolicyOptions(options.prompt_name, options.image_aspect_ratio, model_max_length=options.model_max_length)
+    )
+    numerics = resolve_numerics(dtype=options.dtype, bits=None, lora_enable=True, device_type=device.type)  # no float32 master weights
+    prompts = load_prompts(
+        options.data_path, column_map=parse_column_map(options.column_map), max_rows=options.max_rows, image_root=options.image_root
+    )
+    refuse_taken_names(prompts)
+    folder = ShardFolder(Path(options.output_dir), plan_shards(len(prompts), options.shard_rows))
+    manifest = {
+        "policy": describe_reference(checkpoint, adapter, numerics),
+        "settings": {name: getattr(options, name) for name in DECIDING},
+        "input": fingerprint(options.data_path, prompts),
+    }
+    begin_run(folder.path, MANIFEST, manifest)
+
+    start = time.perf_counter()
+    written: list[Shard] = []
+    if folder.missing():
+        model = load_policy(checkpoint, adapter, dtype=numerics.load_dtype).requires_grad_(False).to(device).eval()
+        stream = WorkStream(PromptEncoder(prompts, adapter), options.num_workers)
+        generator = ShardGenerator(model, adapter, numerics, prompts, stream, decoding, options.batch_size)
+        with tqdm(total=len(prompts), initial=folder.finished_rows(), desc="generating", unit="prompt", disable=not first) as progress:
+            written = write_missing(folder, lambda shard: generator.table(shard, progress), progress)
+    seconds = time.perf_counter() - start
+    summary = summarize(folder)
+    if first:
+        rows = sum(shard.stop - shard.start for shard in written)
+        rate = f"{rows} of the prompts here in {seconds:.1f} s" if rows else "none of them missing"
+        print(
+            f"{summary.answers} answers to {summary.prompts} prompts in {folder.path}, {rate}; mean words {summary.words:.1f}, "
+            f"truncated {summary.truncated}, prompts that could not be used {summary.failures}"
+        )
+    return summary
+
+
+def refuse_taken_names(prompts: PromptDataset) -> None:
+    taken = sorted(set(ANSWER_FEATURES).intersection(prompts.table.column_names))
+    if taken:
+        raise ValueError(f"--data_path already has the columns {', '.join(taken)}, which this command writes; rename or remove them")
+
+
+@dataclass(frozen=True)
+class PromptEncoder:
+    """Row position -> prompt as the policy sees it, or why that cannot be; in worker processes."""
+
+    prompts: PromptDataset
+    adapter: PolicyAdapter
+
+    def __call__(self, row: int) -> tuple[int, EncodedResponses | str]:
+        try:
+            prompt = self.prompts[row]
+            return row, self.adapter.encode(prompt.image, prompt.question, ())
+        except ValueError as error:
+            return row, str(error)
+
+
+@dataclass(frozen=True)
+class ShardGenerator:
+    """Makes the rows of a shard."""
+
+    model: torch.nn.Module
+    adapter: PolicyAdapter
+    numerics: Numerics
+    prompts: PromptDataset
+    stream: WorkStream
+    decoding: Decoding
+    batch_size: int
+
+    def table(self, shard: Shard, progress: tqdm) -> pa.Table:
+        answers: dict[int, list[Answer] | str] = {}
+        usable: list[tuple[int, EncodedResponses]] = []
+        for row, encoded in self.stream.results(range(shard.start, shard.stop)):
+            if isinstance(encoded, str):
+                answers[row] = encoded
+                progress.update()
+            else:
+                usable.append((row, encoded))
+        usable.sort(key=lambda item: len(item[1].prompt_ids))  # little padding
+        device = next(self.model.parameters()).device
+        for start in range(0, len(usable), self.batch_size):
+            rows, encoded = zip(*usable[start : start + self.batch_size], strict=True)
+            with self.numerics.autocast(device.type):
+                answers.update(zip(rows, generate(self.model, self.adapter, encoded, rows, self.decoding), strict=True))
+            progress.update(len(rows))
+        rows = [answer_row for row in sorted(answers) for answer_row in answer_rows(row, answers[row])]
+        columns = {name: [row[name] for row in rows] for name in ANSWER_FEATURES}
+        return with_columns(self.prompts.table, columns["prompt_row"], ANSWER_FEATURES, columns)
+
+
+def answer_rows(row: int, answers: list[Answer] | str) -> list[dict]:
+    """The values of ANSWER_FEATURES of a prompt's answers; of its failure, when that is what there is."""
+    if isinstance(answers, str):
+        return [{"prompt_row": row, "answer_number": 0, "answer": None, "truncated": None, "failure": answers}]
+    return [
+        {"prompt_row": row, "answer_number": number, "answer": answer.text, "truncated": answer.truncated, "failure": None}
+        for number, answer in enumerate(answers)
+    ]
+
+
+def summarize(folder: ShardFolder) -> GenerationSummary:
+    """Read back what all processes wrote. Raises ValueError when there is no answer."""
+    rows = [row for shard in folder.shards for row in pq.read_table(folder.path / shard.name, columns=list(ANSWER_FEATURES)).to_pylist()]
+    answers = [row["answer"] for row in rows if row["failure"] is None]
+    failures = [row for row in rows if row["failure"] is not None]
+    if not answers:
+        raise ValueError(f"no prompt could be used; the first failed because {failures[0]['failure']}")
+    return GenerationSummary(
+        prompts=folder.shards[-1].stop,
+        answers=len(answers),
+        truncated=sum(row["truncated"] for row in rows if row["failure"] is None),
+        failures=len(failures),
+        words=sum(len(answer.split()) for answer in answers) / len(answers),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""The way from prompts to pairs by its three recipes: generate_responses, score_claims, build_pairs."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from muffin import provenance
+from muffin.claims import split_by_rules
+from muffin.generation import Decoding, generate
+from muffin.hallucination import wrong_claims
+from muffin.pairs import load_preferences, load_prompts
+from muffin.policies import Checkpoint, PolicyOptions, encode_pair, load_adapter, load_policy
+from muffin.shapeworld.claims import answer_ratios
+from muffin.shapeworld.language import DESCRIBE
+from muffin.shapeworld.scenes import WORLDS, Scene, draw, encode_png, sample_scenes
+
+PROMPT_COLUMNS = ["ds_name", "image", "question", "chosen", "rejected", "origin_dataset", "origin_split", "idx", "image_path"]
+ANSWER_COLUMNS = ["prompt_row", "answer_number", "answer", "truncated", "failure"]
+SIDE_COLUMNS = ["answer_number", "claims", "p_yes", "p_no", "score"]
+
+
+@pytest.fixture(autouse=True)
+def caches(monkeypatch, tmp_path):
+    monkeypatch.setattr(provenance, "CACHE_DIR", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow_cache")
+
+
+@pytest.fixture
+def run(load_recipe) -> Callable:
+    """run("generate_responses", **flags) calls the recipe's main with the flags."""
+
+    def function(recipe: str, **flags):
+        return load_recipe(f"data/{recipe}.py").main([word for name, value in flags.items() for word in (f"--{name}", str(value))])
+
+    return function
+
+
+@pytest.fixture
+def generation(tiny_llava_path, tiny_rows_path, tmp_path) -> dict:
+    return {
+        "model_name_or_path": tiny_llava_path,
+        "data_path": tiny_rows_path,
+        "output_dir": tmp_path / "answers",
+        "num_answers": 3,
+        "temperature": 0.9,
+        "max_new_tokens": 10,
+        "dtype": "float32",
+        "batch_size": 4,
+        "shard_rows": 10,
+        "num_workers": 0,
+    }
+
+
+@pytest.fixture
+def labeling(tiny_llava_path, tmp_path) -> dict:
+    return {
+        "model_name_or_path": tiny_llava_path,
+        "data_path": tmp_path / "answers",
+        "output_dir": tmp_path / "judged",
+        "dtype": "float32",
+        "batch_tokens": 2000,
+        "shard_rows": 30,
+        "num_workers": 0,
+    }
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def rows(folder: Path) -> list[dict]:
+    return [row for file in sorted(folder.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+
+
+def test_from_prompts_to_pairs(run, generation, labeling, tmp_path, tiny_llava_path, tiny_rows_path, capsys):
+    summary = run("generate_responses", **generation)
+    assert (summary.prompts, summary.answers, summary.failures) == (24, 72, 0)
+    assert sorted(contents(tmp_path / "answers")) == ["muffin_answers.json", *(f"shard-0000{n}-of-00003.parquet" for n in range(3))]
+    answers = rows(tmp_path / "answers")
+    assert list(answers[0]) == PROMPT_COLUMNS + ANSWER_COLUMNS
+    assert [(row["prompt_row"], row["answer_number"]) for row in answers] == [(row, number) for row in range(24) for number in range(3)]
+    assert summary.truncated == sum(row["truncated"] for row in answers)
+
+    adapter = load_adapter(Checkpoint(tiny_llava_path), PolicyOptions())
+    model = load_policy(Checkpoint(tiny_llava_path), adapter, dtype=torch.float32).eval()
+    prompts = load_prompts(tiny_rows_path)
+    for row in (0, 13, 23):
+        prompt = prompts[row]
+        (alone,) = generate(model, adapter, [adapter.encode(prompt.image, prompt.question, ())], [row], Decoding(3, 0.9, 10))
+        assert [(each["answer"], each["truncated"]) for each in answers[3 * row : 3 * row + 3]] == [(a.text, a.truncated) for a in alone]
+        assert answers[3 * row]["image"]["bytes"] == prompt.image_bytes and answers[3 * row]["idx"] == prompt.idx
+
+    judged_summary = run("score_claims", **labeling)
+    judged = rows(tmp_path / "judged")
+    assert [[row[name] for name in PROMPT_COLUMNS + ANSWER_COLUMNS[:4]] for row in judged] == [
+        [row[name] for name in PROMPT_COLUMNS + ANSWER_COLUMNS[:4]] for row in answers
+    ]
+    for row in judged:
+        split = split_by_rules(row["question"], row["answer"])
+        assert (row["claims"], row["claim_questions"]) == ([c.text for c in split], [c.question for c in split])
+        if split and row["failure"] is None:
+            assert row["score"] == -sum(p_yes <= p_no for p_yes, p_no in zip(row["p_yes"], row["p_no"], strict=True))
+            assert all(0 < p_yes + p_no < 1 for p_yes, p_no in zip(row["p_yes"], row["p_no"], strict=True))
+        else:
+            assert row["score"] is None and row["failure"]
+    assert judged_summary.claims == sum(len(row["claims"]) for row in judged if row["failure"] is None) > 60
+    assert 0 < judged_summary.accepted < 1
+
+    capsys.readouterr()
+    statistics = run("build_pairs", data_path=tmp_path / "judged", output_dir=tmp_path / "pairs", max_pairs_per_prompt=1)
+    printed = capsys.readouterr().out
+    pairs = load_preferences(tmp_path / "pairs")
+    assert printed.startswith(f"{len(pairs)} pairs for {statistics.prompts_with_pairs} of 24 prompts in {tmp_path / 'pairs'}\n")
+    assert statistics.pairs == statistics.prompts_with_pairs == len(pairs) > 0
+    assert sum(statistics.scores.values()) == statistics.judged == sum(row["score"] is not None for row in judged)
+    assert sum(statistics.gaps.values()) == len(pairs)
+    assert json.loads((tmp_path / "pairs" / "statistics.json").read_text())["pairs"] == len(pairs)
+    by_place = {(row["image"]["bytes"], row["question"], row["idx"], row["answer_number"]): row for row in judged}
+    kept = [name for name in PROMPT_COLUMNS if name not in ("chosen", "rejected")]
+    assert pairs.table.column_names == [*kept, "chosen", "rejected", *(f"{s}_{n}" for s in ("chosen", "rejected") for n in SIDE_COLUMNS)]
+    for pair, stored in zip(pairs, pairs.table.to_list(), strict=True):
+        encode_pair(adapter, pair)
+        for side in ("chosen", "rejected"):
+            answer = by_place[pair.image_bytes, pair.question, pair.idx, stored[f"{side}_answer_number"]]
+            assert stored[side] == answer["answer"]
+            assert {name: stored[f"{side}_{name}"] for name in SIDE_COLUMNS} == {name: answer[name] for name in SIDE_COLUMNS}
+        assert stored["chosen_score"] > stored["rejected_score"]
+
+
+def test_a_killed_run_goes_on(run, generation, labeling, tmp_path, load_recipe, monkeypatch):
+    """A generation that dies in its second shard, a labeling that dies in its third: each ends with the files of an undisturbed one."""
+    run("generate_responses", **generation)
+    run("score_claims", **labeling)
+    answers, judged = contents(tmp_path / "answers"), contents(tmp_path / "judged")
+
+    generation["output_dir"], labeling["output_dir"] = tmp_path / "answers2", tmp_path / "judged2"
+    for recipe, function, flags, expected, dies_at in (
+        ("generate_responses", "generate", generation, answers, 4),
+        ("score_claims", "give_feedback", labeling, judged, 3),
+    ):
+        module = load_recipe(f"data/{recipe}.py")
+        whole, calls = getattr(module, function), []
+
+        def dies(*args, whole=whole, calls=calls, dies_at=dies_at):
+            calls.append(args)
+            if len(calls) == dies_at:
+                raise KeyboardInterrupt
+            return whole(*args)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, function, dies)
+            run(recipe, **flags)
+        begun = contents(flags["output_dir"])
+        assert 1 < len([name for name in begun if name in expected]) < len(expected)
+        run(recipe, **flags)
+        assert contents(flags["output_dir"]) == expected
+        monkeypatch.setattr(module, "load_policy", None)
+        run(recipe, **flags)  # nothing is missing: no model is loaded
+
+
+def test_other_settings_are_refused(run, generation, labeling, tmp_path):
+    run("generate_responses", **generation | {"max_rows": 2})
+    with pytest.raises(ValueError, match="settings.temperature: the run in this folder has 0.9, this one 0.8"):
+        run("generate_responses", **generation | {"max_rows": 2, "temperature": 0.8})
+    run("score_claims", **labeling)
+    with pytest.raises(ValueError, match="settings.splitter: the run in this folder has rules, this one shapeworld"):
+        run("score_claims", **labeling | {"splitter": "shapeworld"})
+    with pytest.raises(ValueError, match="answer, answer_number, failure, prompt_row, truncated, which this command writes"):
+        run("generate_responses", **generation | {"data_path": tmp_path / "answers", "output_dir": tmp_path / "again"})
+    with pytest.raises(ValueError, match="only --labeler policy has a model"):
+        run("score_claims", **labeling | {"labeler": "shapeworld_truth"})
+
+
+def test_prompts_that_cannot_be_used_keep_a_row(run, generation, labeling, tmp_path, tiny_rows_path):
+    broken = pq.read_table(tiny_rows_path).slice(0, 4).to_pylist()
+    broken[1]["image"]["bytes"] = b"no image"
+    broken[2]["question"] = "What is </s>?"
+    pq.write_table(pa.Table.from_pylist(broken), tmp_path / "broken.parquet")
+    summary = run("generate_responses", **generation | {"data_path": tmp_path / "broken.parquet", "num_answers": 2})
+    assert (summary.prompts, summary.answers, summary.failures) == (4, 4, 2)
+    answers = rows(tmp_path / "answers")
+    assert [(row["prompt_row"], row["answer_number"], row["answer"] is None) for row in answers] == [
+        (0, 0, False),
+        (0, 1, False),
+        (1, 0, True),
+        (2, 0, True),
+        (3, 0, False),
+        (3, 1, False),
+    ]
+    assert answers[2]["failure"].startswith("image does not decode") and "'</s>'" in answers[3]["failure"]
+    run("score_claims", **labeling)
+    judged = rows(tmp_path / "judged")
+    assert [row["failure"] for row in judged[2:4]] == [row["failure"] for row in answers[2:4]]
+    assert [row["score"] for row in judged[2:4]] == [None, None]
+
+    for row in broken:
+        row["image"]["bytes"] = b"no image"
+    pq.write_table(pa.Table.from_pylist(broken), tmp_path / "all_broken.parquet")
+    with pytest.raises(ValueError, match="no prompt could be used; the first failed because image does not decode"):
+        run("generate_responses", **generation | {"data_path": tmp_path / "all_broken.parquet", "output_dir": tmp_path / "none"})
+
+
+# --- the tiny world: ground truth as labeler, and columns of other names
+
+
+@pytest.fixture
+def world_answers(tmp_path) -> tuple[Path, list[Scene]]:
+    """Four answers to each of three scenes: true, true but for the last sentence, the same again, no statement at all."""
+    scenes = sample_scenes(WORLDS["small"], 3, 0, "test")
+    table = []
+    for number, scene in enumerate(scenes):
+        sentences = [f"{thing.place} there is a {thing.color} {thing.shape}." for thing in scene.objects]
+        place, color = scene.objects[-1].place, next(c for c in ("red", "green", "blue") if c != scene.objects[-1].color)
+        wrong = " ".join([*sentences[:-1], f"{place} there is a {color} {scene.objects[-1].shape}."])
+        for k, answer in enumerate([wrong, " ".join(sentences), wrong, ""]):
+            table.append(
+                {
+                    "picture": {"bytes": encode_png(draw(scene)), "path": None},
+                    "ask": DESCRIBE,
+                    "scene": scene.to_json(),
+                    "prompt_row": number,
+                    "answer_number": k,
+                    "answer": answer,
+                    "truncated": False,
+                    "failure": None,
+                }
+            )
+    (tmp_path / "answers").mkdir()
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "answers" / "made.parquet")
+    return tmp_path / "answers", scenes
+
+
+def test_ground_truth_as_labeler(run, world_answers, tmp_path):
+    folder, scenes = world_answers
+    names = {"column_map": "image=picture,question=ask"}
+    summary = run(
+        "score_claims", data_path=folder, output_dir=tmp_path / "judged", labeler="shapeworld_truth", splitter="shapeworld", **names
+    )
+    judged = rows(tmp_path / "judged")
+    assert [row["score"] for row in judged] == [-1, 0, -1, None] * 3
+    assert summary.failures == 3 and {row["failure"] for row in judged[3::4]} == {
+        "no claims: the answer states nothing that can be checked"
+    }
+    ratios = answer_ratios([row["answer"] for row in judged], [scene for scene in scenes for _ in range(4)])
+    assert ratios["claim_error"].value == pytest.approx(100 * (1 - summary.accepted))
+    assert ratios["claim_error"].value == wrong_claims([[p > 0 for p in row["p_yes"]] for row in judged]).value > 0
+
+    statistics = run("build_pairs", data_path=tmp_path / "judged", output_dir=tmp_path / "pairs", **names)
+    assert (statistics.different, statistics.candidates, statistics.capped, statistics.pairs) == (3, 3, 3, 3)
+    assert (statistics.scores, statistics.gaps) == ({0: 3, -1: 6}, {1: 3})
+    pairs = load_preferences(tmp_path / "pairs")  # under muffin's own names
+    assert [(pair.chosen, pair.rejected) for pair in pairs] == [(judged[n]["answer"], judged[n - 1]["answer"]) for n in (1, 5, 9)]
+    assert [pair.image_bytes for pair in pairs] == [judged[n]["picture"]["bytes"] for n in (0, 4, 8)]
+
+    with pytest.raises(ValueError, match="no pair with --min_score_gap 2"):
+        run("build_pairs", data_path=tmp_path / "judged", output_dir=tmp_path / "none", min_score_gap=2, **names)
+    with pytest.raises(ValueError, match="lacks claim_questions, claims, p_no, p_yes, score; make it with data/score_claims.py"):
+        run("build_pairs", data_path=folder, output_dir=tmp_path / "none", **names)
