@@ -4,6 +4,8 @@ Rewards are implicit: r(x, y) = beta * (log pi(y | x) - log pi_ref(y | x)) up to
 (Rafailov et al. 2023, "Direct Preference Optimization", arXiv:2305.18290, eq. 5): DPO is the Bradley-Terry reward model with this reward.
 """
 
+from difflib import SequenceMatcher
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -66,6 +68,21 @@ def ipo_loss(
 def sft_loss(policy_chosen_logps: Tensor) -> Tensor:
     """Negative log-likelihood of the chosen response (P,), the SFT term that `--sft_weight` adds (RLAIF-V's SFT_weight)."""
     return -policy_chosen_logps
+
+
+def changed_segment_weights(chosen_ids: Tensor, rejected_ids: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """Token weights of dense DPO: `weight` in the segments where the two answers differ, 1 where they agree
+    (Yu et al. 2023, "RLHF-V", arXiv:2312.00849, dense direct preference optimization; `weight` is its gamma, 5 there).
+
+    chosen_ids (R_chosen,), rejected_ids (R_rejected,); returns float32 weights of the same shapes. Segments are difflib's over token ids:
+    chosen [5 7 8 2] and rejected [5 9 2] at weight 3 give [1 3 3 1] and [1 3 1].
+    """
+    chosen, rejected = torch.full((len(chosen_ids),), float(weight)), torch.full((len(rejected_ids),), float(weight))
+    matcher = SequenceMatcher(None, chosen_ids.tolist(), rejected_ids.tolist(), autojunk=False)
+    for block in matcher.get_matching_blocks():
+        chosen[block.a : block.a + block.size] = 1.0
+        rejected[block.b : block.b + block.size] = 1.0
+    return chosen, rejected
 
 
 def bradley_terry_probability(r_w: Tensor, r_l: Tensor) -> Tensor:
