@@ -76,6 +76,11 @@ class PairBatch:
     def __len__(self) -> int:
         return len(self.idx)
 
+    @property
+    def num_items(self) -> int:
+        """What the loss of a step is a mean over: pairs."""
+        return len(self)
+
     def to(self, device: torch.device | str) -> "PairBatch":
         return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 

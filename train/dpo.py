@@ -10,7 +10,6 @@ Output: the model (LoRA: the adapter) with tokenizer and image processor, checkp
 trainer_state.json (all logged metrics), muffin_reference.json (the reference policy); with --merge_lora True also merged/.
 """
 
-import json
 import logging
 import shlex
 from dataclasses import asdict, dataclass, field
@@ -18,32 +17,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from accelerate.utils import broadcast_object_list
-from peft import PeftModel
-from torch import nn
 from transformers import HfArgumentParser, TrainerState, set_seed
 
 from muffin.pairs import PreferenceDataset, load_preferences, parse_column_map
-from muffin.policies import Checkpoint, PolicyAdapter, PolicyOptions, load_adapter, load_policy, resolve_checkpoint, save_adapter
+from muffin.policies import PolicyAdapter, load_adapter, resolve_checkpoint
 from muffin.preflight import preflight
 from muffin.provenance import describe_reference, foreign_rows, read_reference, reference_id
 from muffin.reference_gate import refuse_foreign_rows
-from muffin.trainer import DPOArguments, DPOTrainer, add_lora, freeze, last_checkpoint
+from muffin.trainer import DPOArguments, DPOTrainer
+from muffin.training_run import LoraOptions, ModelOptions, build_policy, check_options, checkpoint_to_resume, merge, save_options
 
 logger = logging.getLogger("train.dpo")
-
-
-@dataclass
-class ModelOptions:
-    model_name_or_path: str = field(metadata={"help": "Policy to start from, which is also the reference: folder or hub id."})
-    prompt_name: str | None = field(
-        default=None,
-        metadata={"help": "Conversation template (LLaVA-1.5: llava_v1, vicuna_v1, hf); default: the checkpoint's, else llava_v1."},
-    )
-    image_aspect_ratio: str | None = field(
-        default=None, metadata={"help": "pad (whole picture) or crop (centre); default: the checkpoint's, else pad."}
-    )
-    model_max_length: int = field(default=2048, metadata={"help": "Limit on prompt (image included) plus response, in tokens."})
-    freeze_vision_tower: bool = field(default=True, metadata={"help": "Leave the vision tower as it is; LoRA never touches it."})
 
 
 @dataclass
@@ -54,16 +38,6 @@ class DataOptions:
     image_root: str | None = field(default=None, metadata={"help": "Folder that image paths in the data start from; default: the data's."})
     max_rows: int | None = field(default=None, metadata={"help": "Train on the first rows only."})
     bad_rows: Literal["fail", "skip"] = field(default="fail", metadata={"help": "Stop at rows that cannot be used, or leave them out."})
-
-
-@dataclass
-class LoraOptions:
-    lora_r: int = field(default=64, metadata={"help": "Rank of the adapter, usually 8 to 128."})
-    lora_alpha: int = field(default=16, metadata={"help": "The adapter's output is scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter, 0 to 0.1."})
-    merge_lora: bool = field(
-        default=False, metadata={"help": "Also save a full model, in float32, with the adapter merged in: OUTPUT/merged."}
-    )
 
 
 OPTIONS = (ModelOptions, DataOptions, LoraOptions, DPOArguments)
@@ -77,12 +51,7 @@ def main(argv: list[str] | None = None) -> TrainerState:
     resume = checkpoint_to_resume(args)
     checkpoint = resolve_checkpoint(model_options.model_name_or_path)
     check_options(model_options, lora_options, args, checkpoint)
-    policy_options = PolicyOptions(
-        prompt_name=model_options.prompt_name,
-        image_aspect_ratio=model_options.image_aspect_ratio,
-        model_max_length=model_options.model_max_length,
-    )
-    adapter = load_adapter(checkpoint, policy_options)
+    adapter = load_adapter(checkpoint, model_options.policy_options)
     reference = describe_reference(checkpoint, adapter, args.numerics)
 
     def rows(path: str, name: str, max_rows: int | None) -> PreferenceDataset:
@@ -111,40 +80,6 @@ def main(argv: list[str] | None = None) -> TrainerState:
     if lora_options.merge_lora and args.should_save:
         merge(checkpoint, adapter, args)
     return trainer.state
-
-
-def check_options(model_options: ModelOptions, lora_options: LoraOptions, args: DPOArguments, checkpoint: Checkpoint) -> None:
-    """Raise ValueError for options that contradict each other or the checkpoint."""
-    if args.lora_enable and not model_options.freeze_vision_tower:
-        raise ValueError("--freeze_vision_tower False contradicts --lora_enable True, which trains an adapter on the language model alone")
-    if lora_options.merge_lora and not args.lora_enable:
-        raise ValueError("--merge_lora True needs --lora_enable True; full training saves a full model anyway")
-    if args.lora_enable and checkpoint.lora is not None:
-        raise ValueError(
-            f"--model_name_or_path {model_options.model_name_or_path} is itself a LoRA adapter; one on top would be loaded without it; "
-            "give the merged/ folder that --merge_lora True saves beside it"
-        )
-
-
-def checkpoint_to_resume(args: DPOArguments) -> str | None:
-    """The folder to resume from. Raises ValueError when it does not exist, or when a new run would mix its checkpoints with another's."""
-    newest = last_checkpoint(Path(args.output_dir))
-    if args.resume_from_checkpoint in (None, "False", "false"):
-        if newest is not None:
-            raise ValueError(
-                f"--output_dir {args.output_dir} already holds {newest.name}; continue that run with --resume_from_checkpoint last, "
-                "or give an empty folder"
-            )
-        return None
-    if args.resume_from_checkpoint in ("last", "True", "true"):
-        if newest is None:
-            logger.warning(
-                "--resume_from_checkpoint %s: no complete checkpoint in %s yet, starting anew", args.resume_from_checkpoint, args.output_dir
-            )
-        return None if newest is None else str(newest)
-    if not (Path(args.resume_from_checkpoint) / "trainer_state.json").is_file():
-        raise ValueError(f"--resume_from_checkpoint {args.resume_from_checkpoint}: want a complete checkpoint-N folder, or last")
-    return args.resume_from_checkpoint
 
 
 def load_rows(
@@ -190,40 +125,6 @@ def scoring_command(path: str, model_options: ModelOptions, data_options: DataOp
         if optional[name]:
             words += [f"--{name}", optional[name]]
     return shlex.join(words)
-
-
-def build_policy(
-    checkpoint: Checkpoint, adapter: PolicyAdapter, model_options: ModelOptions, lora_options: LoraOptions, args: DPOArguments
-) -> nn.Module:
-    policy = load_policy(checkpoint, adapter, dtype=args.numerics.load_dtype)
-    if args.lora_enable:
-        name = model_options.model_name_or_path
-        return add_lora(
-            policy,
-            adapter.spec.lora_targets,
-            r=lora_options.lora_r,
-            alpha=lora_options.lora_alpha,
-            dropout=lora_options.lora_dropout,
-            base=str(Path(name).resolve()) if Path(name).exists() else name,
-        )
-    if model_options.freeze_vision_tower:
-        freeze(policy, adapter.spec.frozen_modules)
-    return policy
-
-
-def merge(checkpoint: Checkpoint, adapter: PolicyAdapter, args: DPOArguments) -> None:
-    """Save base + adapter as one model: the base as it was trained on, the sum in float32 so that nothing of the adapter is rounded off."""
-    base = load_policy(checkpoint, adapter, dtype=args.numerics.load_dtype).float()
-    merged = Path(args.output_dir) / "merged"
-    PeftModel.from_pretrained(base, args.output_dir).merge_and_unload(safe_merge=True).save_pretrained(merged)
-    save_adapter(adapter, merged)
-
-
-def save_options(args: DPOArguments, *others: Any) -> None:
-    if args.should_save:
-        options = {type(each).__name__: asdict(each) for each in others} | {type(args).__name__: args.to_dict()}
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        (Path(args.output_dir) / "options.json").write_text(json.dumps(options, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,115 @@
+"""What training recipes share: the options that name a policy, building it, and the files of a run."""
+
+import json
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from muffin.policies import Checkpoint, PolicyAdapter, PolicyOptions, load_policy, save_adapter
+from muffin.policy_trainer import PolicyArguments, add_lora, freeze, last_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ModelOptions:
+    model_name_or_path: str = field(metadata={"help": "Policy to start from (in DPO also the reference): folder or hub id."})
+    prompt_name: str | None = field(
+        default=None,
+        metadata={"help": "Conversation template (LLaVA-1.5: llava_v1, vicuna_v1, hf); default: the checkpoint's, else llava_v1."},
+    )
+    image_aspect_ratio: str | None = field(
+        default=None, metadata={"help": "pad (whole picture) or crop (centre); default: the checkpoint's, else pad."}
+    )
+    model_max_length: int = field(default=2048, metadata={"help": "Limit on prompt (image included) plus response, in tokens."})
+    freeze_vision_tower: bool = field(default=True, metadata={"help": "Leave the vision tower as it is; LoRA never touches it."})
+
+    @property
+    def policy_options(self) -> PolicyOptions:
+        return PolicyOptions(
+            prompt_name=self.prompt_name, image_aspect_ratio=self.image_aspect_ratio, model_max_length=self.model_max_length
+        )
+
+
+@dataclass
+class LoraOptions:
+    lora_r: int = field(default=64, metadata={"help": "Rank of the adapter, usually 8 to 128."})
+    lora_alpha: int = field(default=16, metadata={"help": "The adapter's output is scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter, 0 to 0.1."})
+    merge_lora: bool = field(
+        default=False, metadata={"help": "Also save a full model, in float32, with the adapter merged in: OUTPUT/merged."}
+    )
+
+
+def check_options(model_options: ModelOptions, lora_options: LoraOptions, args: PolicyArguments, checkpoint: Checkpoint) -> None:
+    """Raise ValueError for options that contradict each other or the checkpoint."""
+    if args.lora_enable and not model_options.freeze_vision_tower:
+        raise ValueError("--freeze_vision_tower False contradicts --lora_enable True, which trains an adapter on the language model alone")
+    if lora_options.merge_lora and not args.lora_enable:
+        raise ValueError("--merge_lora True needs --lora_enable True; full training saves a full model anyway")
+    if args.lora_enable and checkpoint.lora is not None:
+        raise ValueError(
+            f"--model_name_or_path {model_options.model_name_or_path} is itself a LoRA adapter; one on top would be loaded without it; "
+            "give the merged/ folder that --merge_lora True saves beside it"
+        )
+
+
+def checkpoint_to_resume(args: PolicyArguments) -> str | None:
+    """The folder to resume from. Raises ValueError when it does not exist, or when a new run would mix its checkpoints with another's."""
+    newest = last_checkpoint(Path(args.output_dir))
+    if args.resume_from_checkpoint in (None, "False", "false"):
+        if newest is not None:
+            raise ValueError(
+                f"--output_dir {args.output_dir} already holds {newest.name}; continue that run with --resume_from_checkpoint last, "
+                "or give an empty folder"
+            )
+        return None
+    if args.resume_from_checkpoint in ("last", "True", "true"):
+        if newest is None:
+            logger.warning(
+                "--resume_from_checkpoint %s: no complete checkpoint in %s yet, starting anew", args.resume_from_checkpoint, args.output_dir
+            )
+        return None if newest is None else str(newest)
+    if not (Path(args.resume_from_checkpoint) / "trainer_state.json").is_file():
+        raise ValueError(f"--resume_from_checkpoint {args.resume_from_checkpoint}: want a complete checkpoint-N folder, or last")
+    return args.resume_from_checkpoint
+
+
+def build_policy(
+    checkpoint: Checkpoint, adapter: PolicyAdapter, model_options: ModelOptions, lora_options: LoraOptions, args: PolicyArguments
+) -> nn.Module:
+    """The policy with what is to be trained marked as such: a LoRA adapter, or all weights but frozen ones."""
+    policy = load_policy(checkpoint, adapter, dtype=args.numerics.load_dtype)
+    if args.lora_enable:
+        name = model_options.model_name_or_path
+        return add_lora(
+            policy,
+            adapter.spec.lora_targets,
+            r=lora_options.lora_r,
+            alpha=lora_options.lora_alpha,
+            dropout=lora_options.lora_dropout,
+            base=str(Path(name).resolve()) if Path(name).exists() else name,
+        )
+    if model_options.freeze_vision_tower:
+        freeze(policy, adapter.spec.frozen_modules)
+    return policy
+
+
+def merge(checkpoint: Checkpoint, adapter: PolicyAdapter, args: PolicyArguments) -> None:
+    """Save base + adapter as one model: the base as it was trained on, the sum in float32 so that nothing of the adapter is rounded off."""
+    base = load_policy(checkpoint, adapter, dtype=args.numerics.load_dtype).float()
+    merged = Path(args.output_dir) / "merged"
+    PeftModel.from_pretrained(base, args.output_dir).merge_and_unload(safe_merge=True).save_pretrained(merged)
+    save_adapter(adapter, merged)
+
+
+def save_options(args: PolicyArguments, *others: Any) -> None:
+    """Write every resolved option of the run to options.json."""
+    if args.should_save:
+        options = {type(each).__name__: asdict(each) for each in others} | {type(args).__name__: args.to_dict()}
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        (Path(args.output_dir) / "options.json").write_text(json.dumps(options, indent=1, default=str) + "\n")
