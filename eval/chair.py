@@ -1,0 +1,143 @@
+"""CHAIR: objects that captions invent, objects that they cover, words; with 95 % intervals over images.
+
+    python eval/chair.py --answers answers/ --synonyms synonyms.txt --coco_annotations annotations/ --output chair.json
+
+Answers of a policy: data/generate_responses.py --num_answers 1 --temperature 0 on the pictures. Answers made elsewhere: JSON lines with
+image_id (a COCO id, or a COCO file name in `image` or `image_path`) and caption, answer or text; CHAIR's own JSON files. A picture may have
+several captions.
+
+What is in a picture comes from --coco_annotations (instances_*.json and captions_*.json), from --truth (JSON: {image_id: [objects]}),
+or stands with the answers, as in CHAIR's output (mscoco_gt_words). Rows of shapeworld (column `scene`) bring vocabulary and truth with
+them and need neither file. `--lemmatizer stored` takes the words that stand with the answers (column `words`).
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import HfArgumentParser
+
+from muffin.answers import Row, answer_text, first_of, read_rows
+from muffin.chair import LEMMATIZERS, Vocabulary, caption_values, read_coco_truth, read_vocabulary, score_captions
+from muffin.hallucination import format_table
+from muffin.provenance import write_atomically
+from muffin.shapeworld.claims import mentioned_objects
+from muffin.shapeworld.scenes import Scene
+
+
+@dataclass
+class ChairOptions:
+    answers: str = field(metadata={"help": "Captions: folder of data/generate_responses.py, or a JSON-lines, JSON or Parquet file."})
+    output: str = field(metadata={"help": "JSON file for the result."})
+    synonyms: str | None = field(default=None, metadata={"help": "CHAIR's synonyms file; not needed for shapeworld."})
+    coco_annotations: str | None = field(default=None, metadata={"help": "Folder of COCO's instances_*.json and captions_*.json."})
+    truth: str | None = field(default=None, metadata={"help": "JSON file {image_id: [objects]}, in place of --coco_annotations."})
+    lemmatizer: Literal["simple", "chair", "rlaifv", "nltk-pos", "stored"] = field(
+        default="simple",
+        metadata={"help": "How words are reduced: muffin's rules, the original CHAIR, RLAIF-V, by part of speech, or the stored words."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.coco_annotations is not None and self.truth is not None:
+            raise ValueError(f"--coco_annotations {self.coco_annotations} and --truth {self.truth} both say what is there; give one")
+
+
+OPTIONS = (ChairOptions,)
+
+
+@dataclass(frozen=True)
+class Captions:
+    """N captions. images: their names; objects: what each mentions, in order; truth: what is in each picture; words: rule, in words."""
+
+    images: Sequence[str]
+    objects: Sequence[Sequence[Any]]
+    truth: Sequence[set[Any]]
+    lemmatizer: str
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    (options,) = HfArgumentParser(OPTIONS).parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+    rows = read_rows(options.answers, "--answers")
+    texts = [answer_text(row, f"--answers, row {number}") for number, row in enumerate(rows)]
+    captions = shapeworld_captions(rows, texts) if "scene" in rows[0] else coco_captions(rows, texts, options)
+
+    estimates = score_captions(captions.objects, captions.truth, texts, captions.images)
+    result: dict[str, Any] = {name: each.value for name, each in estimates.items()} | {
+        "captions": len(texts),
+        "lemmatizer": captions.lemmatizer,
+        "intervals_over": f"{len(set(captions.images))} images",
+        "intervals": {name: [each.low, each.high] for name, each in estimates.items()},
+    }
+    print(format_table(f"CHAIR: {len(texts)} captions, lemmatizer {captions.lemmatizer}", estimates, 2))
+    if all("mscoco_generated_words" in row for row in rows):
+        equal = sum(list(row["mscoco_generated_words"]) == objects for row, objects in zip(rows, captions.objects, strict=True))
+        result["captions_equal_to_stored"] = equal
+        print(f"{equal} of {len(rows)} captions have exactly the objects that are stored with them")
+    result["per_caption"] = [
+        {"image": image, "objects": objects, "truth": sorted(truth), **caption_values(objects, truth)}
+        for image, objects, truth in zip(captions.images, captions.objects, captions.truth, strict=True)
+    ]
+    write_atomically(Path(options.output), (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
+    return result
+
+
+def shapeworld_captions(rows: list[Row], texts: list[str]) -> Captions:
+    images = [str(row["image_path"]) for row in rows]
+    truth = [set(Scene.from_json(row["scene"]).kinds) for row in rows]
+    return Captions(images, [mentioned_objects(text) for text in texts], truth, "shapeworld")
+
+
+def coco_captions(rows: list[Row], texts: list[str], options: ChairOptions) -> Captions:
+    if options.synonyms is None:
+        raise ValueError("--synonyms is missing; give CHAIR's synonyms file (a line per object: person, girl, boy, man)")
+    vocabulary = read_vocabulary(options.synonyms)
+    image_ids = [coco_id(row, number) for number, row in enumerate(rows)]
+    words = caption_words(rows, texts, vocabulary, options.lemmatizer)
+    objects = [vocabulary.objects(each) for each in words]
+    return Captions([str(each) for each in image_ids], objects, true_objects(rows, image_ids, vocabulary, options), options.lemmatizer)
+
+
+def coco_id(row: Row, number: int) -> int:
+    """image_id, or the number that a COCO file name ends in: COCO_val2014_000000310196.jpg -> 310196."""
+    name = first_of(row, ("image_id", "image", "image_path", "question_id"))
+    digits = re.search(r"(\d+)(?:\.\w+)?$", str(name))
+    if digits is None:
+        raise ValueError(f"--answers, row {number}: the image is {name!r}; want a COCO id in image_id, or a COCO file name in image")
+    return int(digits[1])
+
+
+def caption_words(rows: list[Row], texts: list[str], vocabulary: Vocabulary, lemmatizer: str) -> list[list[str]]:
+    if lemmatizer != "stored":
+        lemmas = LEMMATIZERS[lemmatizer](vocabulary)
+        return [lemmas(text) for text in texts]
+    without = [number for number, row in enumerate(rows) if not isinstance(row.get("words"), list)]
+    if without:
+        raise ValueError(f"--lemmatizer stored: row {without[0]} of --answers has no list `words`; choose another --lemmatizer")
+    return [row["words"] for row in rows]
+
+
+def true_objects(rows: list[Row], image_ids: list[int], vocabulary: Vocabulary, options: ChairOptions) -> list[set[str]]:
+    """What is in each picture. Raises ValueError, naming the first, for pictures that nobody knows."""
+    if options.coco_annotations is not None:
+        # Ground-truth captions go through the rule of the answers; "stored" has none, so they get muffin's.
+        rule = "simple" if options.lemmatizer == "stored" else options.lemmatizer
+        known = read_coco_truth(options.coco_annotations, image_ids, vocabulary, LEMMATIZERS[rule](vocabulary))
+    elif options.truth is not None:
+        stored = json.loads(Path(options.truth).read_text(encoding="utf-8"))
+        known = {int(image_id): set(objects) for image_id, objects in stored.items()}
+    else:
+        known = {each: set(row["mscoco_gt_words"]) for each, row in zip(image_ids, rows, strict=True) if "mscoco_gt_words" in row}
+    missing = [image_id for image_id in image_ids if image_id not in known]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} pictures have no true objects, the first is image_id {missing[0]}; "
+            "give --coco_annotations or --truth that has them"
+        )
+    return [known[image_id] for image_id in image_ids]
+
+
+if __name__ == "__main__":
+    main()
