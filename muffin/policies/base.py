@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from muffin.pairs import PreferencePair
+
+CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
 
 
 @dataclass(frozen=True)
@@ -23,12 +27,18 @@ class PolicyOptions:
     """Choices that change what a policy sees. None takes what the checkpoint was saved with, else the family's default.
 
     prompt_name: name of the conversation template (LLaVA-1.5: llava_v1, vicuna_v1, hf).
-    image_aspect_ratio: "pad" (whole picture, padded square) or "crop" (centre crop), for families with square inputs.
+    image_aspect_ratio: "pad" (whole picture, padded square) or "crop" (centre crop), for families with square inputs (LLaVA-1.5).
+    max_pixels: pixels an image is shrunk to at most; 28 x 28 pixels are a token (Qwen2.5-VL), 32 x 32 (Qwen3-VL).
+    max_slice_nums: largest number of slices an image is cut into besides its overview (MiniCPM-V; 1 = never cut).
+    downsample_mode: "16x", or "4x" for four times the image tokens (MiniCPM-V 4.6).
     model_max_length: limit on prompt (image tokens included) plus response, in tokens.
     """
 
     prompt_name: str | None = None
     image_aspect_ratio: str | None = None
+    max_pixels: int | None = None
+    max_slice_nums: int | None = None
+    downsample_mode: str | None = None
     model_max_length: int = 2048
 
 
@@ -39,7 +49,7 @@ class PolicySpec:
     prefix_sharing: True for decoders with plain causal softmax attention; recurrent layers cannot share a prefix in a row.
     frozen_modules: name prefixes (in memory) that `--freeze_vision_tower True` freezes.
     lora_targets: regular expression over in-memory module names; language-model linears only.
-    quantization_skip: module names (prefixes) that stay unquantised under `--bits 4`.
+    quantization_skip: module names that stay unquantised under `--bits 4`: beginnings of full names, or their last parts.
     """
 
     prefix_sharing: bool
@@ -71,6 +81,7 @@ class PolicyAdapter(Protocol):
 
     spec: PolicySpec
     tokenizer: Any
+    terminator_id: int
     prompt_name: str
     model_max_length: int
 
@@ -126,3 +137,171 @@ def encode_pair(adapter: PolicyAdapter, pair: PreferencePair) -> EncodedResponse
             f"prompt {len(encoded.prompt_ids)} tokens); raise --model_max_length or drop the row"
         )
     return encoded
+
+
+def generation_inputs(adapter: PolicyAdapter, encoded: Sequence[EncodedResponses]) -> dict[str, Tensor]:
+    """Arguments for `model.generate` (stock attention) on several prompts: left-padded input_ids and attention_mask, an image each.
+
+    The same for every family: its model derives whatever else it needs (position ids) from these. Stop at `adapter.terminator_id`.
+    For several samples of a prompt use num_return_sequences, which encodes its image once.
+    """
+    width = max(len(item.prompt_ids) for item in encoded)
+    input_ids = torch.full((len(encoded), width), adapter.terminator_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, item in enumerate(encoded):
+        input_ids[row, width - len(item.prompt_ids) :] = item.prompt_ids
+        attention_mask[row, width - len(item.prompt_ids) :] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask, **adapter.cat_vision([item.vision for item in encoded])}
+
+
+# --- blocks that families share
+
+
+def checkpoint_folder(name_or_path: str | Path, source: str = "--model_name_or_path") -> Path:
+    """The folder of a local path or a hub id (downloaded once to the hub cache).
+
+    Pickled weights are fetched only where a repository has no safetensors; transformers reads them with torch's `weights_only`.
+    Raises ValueError naming `source` for a path that does not exist.
+    """
+    folder = Path(name_or_path)
+    if folder.exists():
+        return folder
+    if folder.is_absolute() or str(name_or_path).startswith("."):
+        raise ValueError(f"{source} {name_or_path} does not exist; give a checkpoint folder or a hub id")
+    folder = Path(snapshot_download(str(name_or_path), allow_patterns=CHECKPOINT_FILES))
+    if not any(folder.glob("*.safetensors")):
+        folder = Path(snapshot_download(str(name_or_path), allow_patterns=[*CHECKPOINT_FILES, "pytorch_model*.bin"]))
+    return folder
+
+
+def flat_text_config(config_class: type[PreTrainedConfig], values: dict[str, Any]) -> PreTrainedConfig:
+    """The language model's config out of a config.json that keeps its fields on the top level, among others."""
+    own = {"model_type", "architectures", "dtype", "transformers_version", "_name_or_path"}
+    known = {"rope_theta", "rope_scaling", *config_class().to_dict()} - own
+    return config_class(**{name: value for name, value in values.items() if name in known})
+
+
+def control_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Texts that the tokenizer turns into control tokens wherever they stand."""
+    return tuple(sorted({token.content for token in tokenizer.added_tokens_decoder.values() if token.special}))
+
+
+def refuse_control_texts(controls: Sequence[str], question: str, responses: Sequence[str]) -> None:
+    """Raise ValueError when a text would be read as a control token: it could end a response early or claim to be an image."""
+    for name, text in [("question", question), *(("answer", response) for response in responses)]:
+        found = [control for control in controls if control in text]
+        if found:
+            raise ValueError(f"the {name} holds {found[0]!r}, which the tokenizer reads as a control token; remove it from the text")
+
+
+def room_for_response(prompt_length: int, image_tokens: int, model_max_length: int) -> int:
+    """Tokens left for a response. Raises ValueError when there are none."""
+    if prompt_length >= model_max_length:
+        raise ValueError(
+            f"the prompt has {prompt_length} tokens ({image_tokens} of the image), "
+            f"which leaves no room for a response within --model_max_length {model_max_length}"
+        )
+    return model_max_length - prompt_length
+
+
+def refuse_options(options: PolicyOptions, family: str, known: Sequence[str]) -> None:
+    """Raise ValueError for an option that was given but means nothing to the family."""
+    for name, value in vars(options).items():
+        if value is not None and name not in ("model_max_length", *known):
+            raise ValueError(
+                f"--{name} {value} means nothing to {family}; leave it out (it knows {', '.join(f'--{each}' for each in known)})"
+            )
+
+
+def load_whole(model_class: type[PreTrainedModel], path: Path, **from_pretrained: Any) -> PreTrainedModel:
+    """`model_class.from_pretrained(path)`; ValueError on missing, unexpected or mismatched weights, which transformers only reports."""
+    model, info = model_class.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **from_pretrained)
+    refuse_incomplete(path, model, info)
+    return model
+
+
+def refuse_incomplete(path: Path, model: nn.Module, info: dict[str, Any]) -> None:
+    """Raise ValueError when from_pretrained's loading info shows missing, unexpected or mismatched weights."""
+    problems = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
+    if problems:
+        summary = "; ".join(f"{len(keys)} {kind.replace('_', ' ')} ({', '.join(keys[:3])})" for kind, keys in problems.items())
+        raise ValueError(
+            f"{path} does not hold exactly the weights of {type(model).__name__}: {summary}; check that the checkpoint is complete"
+        )
+
+
+class ChatPolicy:
+    """Base of families whose prompt is control tokens around an image and a question, and ends where the answer begins.
+
+    Prompt and responses are tokenised apart: an answer that begins with a line break must not merge with the prompt's last one, since a
+    generated answer cannot either. Subclasses set `spec`, the attributes that `__init__` does not, and define `_see`.
+    """
+
+    spec: PolicySpec
+    prompt_name: str
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: tuple[str, str], terminator: str, image_token: str, limit: int) -> None:
+        """prompt: text before the image and after the question; limit: model_max_length."""
+        self.tokenizer = tokenizer
+        self.model_max_length = limit
+        self.terminator_id = self._token_id(terminator)
+        self.image_token_id = self._token_id(image_token)
+        self._prompt = prompt
+        self._terminator = terminator
+        self._control_texts = tuple(sorted({*control_texts(tokenizer), terminator, image_token}))
+
+    def _see(self, image: Image.Image) -> tuple[dict[str, Tensor], str]:
+        """The image's tensors, and the text that stands for it in the prompt (one image token per feature)."""
+        raise NotImplementedError
+
+    def _question(self, question: str) -> str:
+        """The question as the family's chat template writes it."""
+        return question
+
+    def _position_ids(self, prompt_ids: Tensor, vision: dict[str, Tensor]) -> Tensor:
+        return torch.arange(len(prompt_ids))
+
+    def encode(self, image: Image.Image, question: str, responses: Sequence[str]) -> EncodedResponses:
+        refuse_control_texts(self._control_texts, question, responses)
+        vision, image_text = self._see(image)
+        before, after = self._prompt
+        prompt_ids = torch.tensor(self._ids(f"{before}{image_text}{self._question(question)}{after}"))
+        image_tokens = int((prompt_ids == self.image_token_id).sum())
+        room = room_for_response(len(prompt_ids), image_tokens, self.model_max_length)
+        response_ids = tuple(torch.tensor(self._ids(response + self._terminator)[:room]) for response in responses)
+        return EncodedResponses(prompt_ids, response_ids, vision, vision_key(vision), self._position_ids(prompt_ids, vision))
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def _token_id(self, token: str) -> int:
+        ids = self._ids(token)
+        if len(ids) != 1:
+            raise ValueError(
+                f"the tokenizer reads {token!r} as {len(ids)} tokens, expected one control token; use the checkpoint's own tokenizer"
+            )
+        return ids[0]
+
+
+def templates_prompt(tokenizer: PreTrainedTokenizerBase, prompts: dict[str, tuple[str, str]], content: Any) -> str:
+    """Name of the prompt that the checkpoint's own chat template writes around `content` (thinking off); the first where it has none.
+
+    content: one user message with an image and the text QUESTION, in the template's form. Raises ValueError when the template writes
+    something else, so that a prompt the checkpoint was not trained on is never used silently.
+    """
+    if tokenizer.chat_template is None:
+        return next(iter(prompts))
+    message = [{"role": "user", "content": content}]
+    written = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    for name, (before, after) in prompts.items():
+        if written.startswith(before) and written.endswith(f"QUESTION{after}"):
+            return name
+    names = ", ".join(prompts)
+    raise ValueError(f"the checkpoint's chat template writes {written!r}, a prompt that is unknown here; choose --prompt_name from {names}")
+
+
+def flat_rows(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Of hidden states (S, T, H) what `lm_head` is needed for: the last n of each row (0: all), or rows of (S * T) as (1, N, H)."""
+    if isinstance(logits_to_keep, Tensor):
+        return hidden.flatten(0, 1)[logits_to_keep][None]
+    return hidden[:, -logits_to_keep:]

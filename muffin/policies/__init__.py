@@ -1,0 +1,125 @@
+"""Policies: one adapter file per model family, chosen by the checkpoint's own config."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from muffin.policies.base import (
+    EncodedResponses,
+    PolicyAdapter,
+    PolicyOptions,
+    PolicySpec,
+    checkpoint_folder,
+    encode_pair,
+    generation_inputs,
+)
+from muffin.policies.llava15 import Llava15Policy
+from muffin.policies.minicpmv import MiniCPMVPolicy
+from muffin.policies.minicpmv2 import MiniCPMV2Policy
+from muffin.policies.qwen_vl import Qwen3VLPolicy, Qwen25VLPolicy
+
+__all__ = [
+    "ADAPTERS",
+    "Checkpoint",
+    "EncodedResponses",
+    "PolicyAdapter",
+    "PolicyOptions",
+    "PolicySpec",
+    "encode_pair",
+    "generation_inputs",
+    "load_adapter",
+    "load_policy",
+    "resolve_checkpoint",
+    "save_adapter",
+]
+
+ADAPTERS: dict[str, type[PolicyAdapter]] = {
+    "llava": Llava15Policy,
+    "llava_llama": Llava15Policy,
+    "minicpmv": MiniCPMV2Policy,
+    "minicpmv4_6": MiniCPMVPolicy,
+    "qwen2_5_vl": Qwen25VLPolicy,
+    "qwen3_vl": Qwen3VLPolicy,
+}
+
+# What a policy was trained with, beside its weights: defaults for the next run on this checkpoint.
+POLICY_FILE = "muffin_policy.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A policy's files: the folder of the full model, and of the LoRA adapter on top of it if there is one."""
+
+    base: Path
+    lora: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The folder that was named: the LoRA adapter's, else the model's."""
+        return self.lora or self.base
+
+
+def resolve_checkpoint(name_or_path: str | Path) -> Checkpoint:
+    """Folder(s) of a local path or a hub id (downloaded once to the hub cache). A LoRA folder leads to its base model.
+
+    Raises ValueError when neither config.json nor adapter_config.json is there.
+    """
+    folder = checkpoint_folder(name_or_path)
+    if (folder / "adapter_config.json").exists():
+        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        return Checkpoint(base=resolve_checkpoint(base).base, lora=folder)
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds neither config.json (a model) nor adapter_config.json (a LoRA adapter)")
+    return Checkpoint(base=folder)
+
+
+def load_adapter(checkpoint: Checkpoint, options: PolicyOptions, policy: str | None = None) -> PolicyAdapter:
+    """The adapter that the checkpoint's config calls for (`policy`, a key of ADAPTERS, overrides it), with the prompt and image options
+    the checkpoint was saved with unless `options` says otherwise.
+
+    Raises ValueError listing what is supported when the model type is not.
+    """
+    supported = ", ".join(sorted(ADAPTERS))
+    if policy is not None and policy not in ADAPTERS:
+        raise ValueError(f"--policy {policy} is unknown; choose from {supported}")
+    model_type = policy or json.loads((checkpoint.base / "config.json").read_text()).get("model_type")
+    if model_type not in ADAPTERS:
+        raise ValueError(
+            f"{checkpoint.base} has model_type {model_type!r}; supported: {supported}. A model with the architecture of one of them "
+            "is loaded by --policy with its name"
+        )
+    saved: dict[str, str] = {}
+    for folder in (checkpoint.base, checkpoint.folder):
+        if (folder / POLICY_FILE).exists():
+            saved = json.loads((folder / POLICY_FILE).read_text())
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    return ADAPTERS[model_type].load(checkpoint.base, replace(options, **{**saved, **given}))
+
+
+def load_policy(checkpoint: Checkpoint, adapter: PolicyAdapter, *, dtype: torch.dtype, **from_pretrained: Any) -> nn.Module:
+    """The checkpoint's model in `dtype`; a LoRA adapter is merged into it, so that scoring and training start from one function.
+
+    Raises ValueError for a LoRA adapter on quantised weights, which cannot be merged without loss.
+    """
+    model = adapter.load_model(checkpoint.base, dtype=dtype, **from_pretrained)
+    if checkpoint.lora is None:
+        return model
+    if from_pretrained.get("quantization_config") is not None:
+        raise ValueError(
+            f"{checkpoint.lora} is a LoRA adapter and cannot be merged into quantised weights; "
+            "merge it with train/dpo.py --merge_lora first"
+        )
+    return PeftModel.from_pretrained(model, checkpoint.lora).merge_and_unload(safe_merge=True)
+
+
+def save_adapter(adapter: PolicyAdapter, folder: Path) -> None:
+    """Write tokenizer, image processor and the options that a later `load_adapter` should start from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    adapter.save(folder)
+    options = {name: value for name, value in adapter.settings().items() if name in vars(PolicyOptions()) and name != "model_max_length"}
+    (folder / POLICY_FILE).write_text(json.dumps(options, indent=1) + "\n")
