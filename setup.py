@@ -9,7 +9,7 @@ ENGINES = ["deepspeed>=0.19"]
 EVAL = ["matplotlib>=3.10", "nltk>=3.10", "openai>=3.0", "pandas>=2.2"]
 NOTEBOOK = ["ipykernel>=7.0", "matplotlib>=3.10", "nbclient>=0.10", "nbconvert>=7.16", "pandas>=2.2"]
 BENCH = ["trl>=1.16"]
-TEST = ["protobuf>=6.0", "pytest>=9.0", "pytest-xdist>=3.8", "ruff==0.17.6", "sentencepiece>=0.2.1", "tensorboard>=2.20"]
+TEST = ["protobuf>=6.0", "pytest>=9.0", "pytest-xdist>=3.8", "ruff==0.17.6", "tensorboard>=2.20"]
 
 setup(
     name="muffin",
@@ -26,6 +26,7 @@ setup(
         "pillow>=12.0",
         "peft>=0.21",
         "bitsandbytes>=0.49",
+        "sentencepiece>=0.2.1",  # tokenizers of checkpoints in the original LLaVA layout
         "tqdm>=4.67",
     ],
     extras_require={

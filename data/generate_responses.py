@@ -46,14 +46,6 @@ class GenerationOptions:
     dtype: Literal["auto", "bfloat16", "float32"] = field(
         default="auto", metadata={"help": "Precision of weights and arithmetic; auto is bfloat16 where the hardware computes in it."}
     )
-    prompt_name: str | None = field(
-        default=None,
-        metadata={"help": "Conversation template (LLaVA-1.5: llava_v1, vicuna_v1, hf); default: the checkpoint's, else llava_v1."},
-    )
-    image_aspect_ratio: str | None = field(
-        default=None, metadata={"help": "pad (whole picture) or crop (centre); default: the checkpoint's, else pad."}
-    )
-    model_max_length: int = field(default=2048, metadata={"help": "Limit on prompt (image included) plus answer, in tokens."})
     batch_size: int = field(
         default=8, metadata={"help": "Prompts that are generated for at once, usually 1 to 64; times --num_answers sequences."}
     )
@@ -71,7 +63,7 @@ class GenerationOptions:
             )
 
 
-OPTIONS = (GenerationOptions,)
+OPTIONS = (PolicyOptions, GenerationOptions)
 DECIDING = ("num_answers", "temperature", "max_new_tokens", "seed", "batch_size", "shard_rows", "max_rows", "column_map")
 
 
@@ -87,7 +79,7 @@ class GenerationSummary:
 
 
 def main(argv: list[str] | None = None) -> GenerationSummary:
-    (options,) = HfArgumentParser(OPTIONS).parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+    policy_options, options = HfArgumentParser(OPTIONS).parse_args_into_dataclasses(args=argv, look_for_args_file=False)
     decoding = Decoding(options.num_answers, options.temperature, options.max_new_tokens, options.seed)
     first = int(os.environ.get("RANK", 0)) == 0  # set by torchrun, as is LOCAL_RANK
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(name)s: %(message)s")
@@ -96,9 +88,7 @@ def main(argv: list[str] | None = None) -> GenerationSummary:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     checkpoint = resolve_checkpoint(options.model_name_or_path)
-    adapter = load_adapter(
-        checkpoint, PolicyOptions(options.prompt_name, options.image_aspect_ratio, model_max_length=options.model_max_length)
-    )
+    adapter = load_adapter(checkpoint, policy_options)
     numerics = resolve_numerics(dtype=options.dtype, bits=None, lora_enable=True, device_type=device.type)  # no float32 master weights
     prompts = load_prompts(
         options.data_path, column_map=parse_column_map(options.column_map), max_rows=options.max_rows, image_root=options.image_root

@@ -61,16 +61,6 @@ class FeedbackOptions:
     dtype: Literal["auto", "bfloat16", "float32"] = field(
         default="auto", metadata={"help": "Precision of weights and arithmetic; auto is bfloat16 where the hardware computes in it."}
     )
-    prompt_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Labeler's conversation template (LLaVA-1.5: llava_v1, vicuna_v1, hf); default: the checkpoint's, else llava_v1."
-        },
-    )
-    image_aspect_ratio: str | None = field(
-        default=None, metadata={"help": "pad (whole picture) or crop (centre); default: the checkpoint's, else pad."}
-    )
-    model_max_length: int = field(default=2048, metadata={"help": "Limit on a question (image included), in tokens."})
     batch_tokens: int = field(
         default=8192, metadata={"help": "Tokens of one forward, usually 2048 to 32768; the claims of one image still run together."}
     )
@@ -91,7 +81,7 @@ class FeedbackOptions:
             )
 
 
-OPTIONS = (FeedbackOptions,)
+OPTIONS = (PolicyOptions, FeedbackOptions)
 DECIDING = ("labeler", "splitter", "batch_tokens", "shard_rows", "column_map")
 
 
@@ -106,7 +96,7 @@ class FeedbackSummary:
 
 
 def main(argv: list[str] | None = None) -> FeedbackSummary:
-    (options,) = HfArgumentParser(OPTIONS).parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+    policy_options, options = HfArgumentParser(OPTIONS).parse_args_into_dataclasses(args=argv, look_for_args_file=False)
     first = int(os.environ.get("RANK", 0)) == 0  # set by torchrun, as is LOCAL_RANK
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(name)s: %(message)s")
     if torch.cuda.is_available():
@@ -115,8 +105,10 @@ def main(argv: list[str] | None = None) -> FeedbackSummary:
     if "answer" not in answers.table.column_names:
         raise ValueError(f"--data_path {options.data_path} has no column answer; make it with data/generate_responses.py")
 
-    setup = set_up_policy if options.labeler == "policy" else set_up_truth
-    description, load_labeler = setup(options, answers)
+    if options.labeler == "policy":
+        description, load_labeler = set_up_policy(options, policy_options, answers)
+    else:
+        description, load_labeler = set_up_truth(options, answers)
     folder = ShardFolder(Path(options.output_dir), plan_shards(len(answers), options.shard_rows))
     manifest = {
         "labeler": description,
@@ -144,16 +136,13 @@ def main(argv: list[str] | None = None) -> FeedbackSummary:
     return summary
 
 
-def set_up_policy(options: FeedbackOptions, answers: PromptDataset) -> tuple[dict[str, Any], Callable[[], Labeler]]:
+def set_up_policy(
+    options: FeedbackOptions, policy_options: PolicyOptions, answers: PromptDataset
+) -> tuple[dict[str, Any], Callable[[], Labeler]]:
     """The labeler's description for the manifest, and what loads it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = resolve_checkpoint(options.model_name_or_path)
-    adapter = load_adapter(
-        checkpoint,
-        PolicyOptions(
-            prompt_name=options.prompt_name, image_aspect_ratio=options.image_aspect_ratio, model_max_length=options.model_max_length
-        ),
-    )
+    adapter = load_adapter(checkpoint, policy_options)
     numerics = resolve_numerics(dtype=options.dtype, bits=None, lora_enable=True, device_type=device.type)  # no float32 master weights
 
     def load() -> Labeler:

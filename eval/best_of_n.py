@@ -64,14 +64,6 @@ class BestOfNOptions:
     dtype: Literal["auto", "bfloat16", "float32"] = field(
         default="auto", metadata={"help": "Precision of weights and arithmetic; auto is bfloat16 where the hardware computes in it."}
     )
-    prompt_name: str | None = field(
-        default=None,
-        metadata={"help": "Conversation template (LLaVA-1.5: llava_v1, vicuna_v1, hf); default: the checkpoint's, else llava_v1."},
-    )
-    image_aspect_ratio: str | None = field(
-        default=None, metadata={"help": "pad (whole picture) or crop (centre); default: the checkpoint's, else pad."}
-    )
-    model_max_length: int = field(default=2048, metadata={"help": "Limit on prompt (image included) plus answer, in tokens."})
     batch_tokens: int = field(default=8192, metadata={"help": "Tokens of one forward, usually 2048 to 32768; a larger prompt still runs."})
     column_map: str = field(default="", metadata={"help": "Own column names: question=prompt,image=picture."})
     image_root: str | None = field(default=None, metadata={"help": "Folder that image paths in the data start from; default: the data's."})
@@ -85,11 +77,11 @@ class BestOfNOptions:
             )
 
 
-OPTIONS = (BestOfNOptions,)
+OPTIONS = (PolicyOptions, BestOfNOptions)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    (options,) = HfArgumentParser(OPTIONS).parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+    policy_options, options = HfArgumentParser(OPTIONS).parse_args_into_dataclasses(args=argv, look_for_args_file=False)
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     candidates = load_prompts(options.data_path, column_map=parse_column_map(options.column_map), image_root=options.image_root)
     prompts, unanswered = rows_of_prompts(candidates.table, options.data_path)
@@ -99,7 +91,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         options.reference_name_or_path,
         beta=options.dpo_beta,
         dtype=options.dtype,
-        options=PolicyOptions(options.prompt_name, options.image_aspect_ratio, model_max_length=options.model_max_length),
+        options=policy_options,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
     scored, refused = score_prompts(model, candidates, prompts, options)

@@ -57,14 +57,6 @@ class ScoringOptions:
             "bfloat16, full training keeps float32 weights under bfloat16 autocast, and each refuses log-probs made the other way."
         },
     )
-    prompt_name: str | None = field(
-        default=None,
-        metadata={"help": "Conversation template (LLaVA-1.5: llava_v1, vicuna_v1, hf); default: the checkpoint's, else llava_v1."},
-    )
-    image_aspect_ratio: str | None = field(
-        default=None, metadata={"help": "pad (whole picture) or crop (centre); default: the checkpoint's, else pad."}
-    )
-    model_max_length: int = field(default=2048, metadata={"help": "Limit on prompt (image included) plus response, in tokens."})
     batch_tokens: int = field(
         default=8192, metadata={"help": "Tokens of one forward, usually 2048 to 32768; a single longer row still runs."}
     )
@@ -83,11 +75,11 @@ class ScoringOptions:
             )
 
 
-OPTIONS = (ScoringOptions,)
+OPTIONS = (PolicyOptions, ScoringOptions)
 
 
 def main(argv: list[str] | None = None) -> ScoringSummary:
-    (options,) = HfArgumentParser(OPTIONS).parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+    policy_options, options = HfArgumentParser(OPTIONS).parse_args_into_dataclasses(args=argv, look_for_args_file=False)
     first = int(os.environ.get("RANK", 0)) == 0  # set by torchrun, as is LOCAL_RANK
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(name)s: %(message)s")
     if torch.cuda.is_available():
@@ -98,9 +90,7 @@ def main(argv: list[str] | None = None) -> ScoringSummary:
     checkpoint = resolve_checkpoint(options.model_name_or_path)
     adapter = load_adapter(
         checkpoint,
-        PolicyOptions(
-            prompt_name=options.prompt_name, image_aspect_ratio=options.image_aspect_ratio, model_max_length=options.model_max_length
-        ),
+        policy_options,
     )
     numerics = resolve_numerics(dtype=options.dtype, bits=None, lora_enable=options.lora_enable, device_type=device.type)
     dataset = load_preferences(
@@ -137,7 +127,7 @@ def main(argv: list[str] | None = None) -> ScoringSummary:
         print(
             f"{summary.rows} rows in {output_dir}, {rate}; mean log-prob per token: "
             f"chosen {summary.chosen_average_logp:.3f}, rejected {summary.rejected_average_logp:.3f}\n"
-            f"next: {training_command(options, numerics.autocast_dtype or 'float32', dataset)}"
+            f"next: {training_command(options, policy_options, numerics.autocast_dtype or 'float32', dataset)}"
         )
     return summary
 
@@ -153,14 +143,13 @@ def check_rows(rows: PreferenceDataset, adapter: PolicyAdapter, options: Scoring
         return [row["position"] for row in json.loads(report.read_text())["bad_rows"]]
 
 
-def training_command(options: ScoringOptions, dtype: str, dataset: PreferenceDataset) -> str:
+def training_command(options: ScoringOptions, policy_options: PolicyOptions, dtype: str, dataset: PreferenceDataset) -> str:
     """The command that trains on the output with equal numerics and encoding."""
     words = ["python", "train/dpo.py", "--model_name_or_path", options.model_name_or_path, "--data_path", options.output_dir]
     words += ["--output_dir", "RUN", "--dtype", dtype, "--lora_enable", str(options.lora_enable)]
-    words += ["--model_max_length", str(options.model_max_length)]
-    for name in ("prompt_name", "image_aspect_ratio", "column_map"):
-        if getattr(options, name):
-            words += [f"--{name}", getattr(options, name)]
+    words += policy_options.flags()
+    if options.column_map:
+        words += ["--column_map", options.column_map]
     image = dataset.table[0][resolve_columns(dataset.table.column_names, dataset.column_map)["image"]]
     image = image[0] if isinstance(image, list) else image
     if isinstance(image, str) or (isinstance(image, dict) and image["bytes"] is None):

@@ -1,9 +1,9 @@
 """Shared-prefix attention over packed rows, as an attention function of transformers.
 
-In a packed row (`muffin.packing`) every branch sees its own prefix and itself, causally, and nothing else. Two equal forms:
+In a packed row (`muffin.packing`) every branch sees its own prefix and itself, causally, and nothing else. Equal forms:
 
 - SDPA, per prompt: prefix and first branch are contiguous, one causal call; every further branch is one call on its own queries and the
-  gathered keys `[prefix, branch]` with a bottom-right causal mask.
+  gathered keys `[prefix, branch]` with a bottom-right causal mask. Rows of short sequences only go as one padded batch.
 - one varlen call for the whole row on CUDA in half precision: flash-attn's `flash_attn_varlen_func` if installed, else torch's
   `varlen_attn`. Queries stay where they are, keys and values are gathered as `[prefix, branch]`; causal is aligned bottom-right when
   there are fewer queries than keys.
@@ -27,6 +27,9 @@ from muffin.packing import PackedLayout
 
 # transformers treats names that contain "sdpa", "flash" or "flex" specially; this one must not.
 PACKED_ATTENTION = "muffin_packed"
+
+# Keys of the longest sequence up to which SDPA takes the whole row as one padded batch: below it, calls cost more than padding.
+SHORT_SEQUENCE = 96
 
 VarlenKernel = Callable[..., Tensor]
 
@@ -118,40 +121,71 @@ def shared_prefix_attention(
         calls.count += 1
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast RoPE promotes q and k to float32 while v stays bfloat16
     kernel = varlen_kernel(query.device.type, query.dtype)
-    if kernel is None:
-        return _attend_per_span(query, key, value, scaling, packed_layout), None
-    return _attend_varlen(kernel, query, key, value, scaling, packed_layout), None
+    if kernel is not None:
+        return _attend_varlen(kernel, query, key, value, scaling, packed_layout), None
+    attend = _attend_padded if packed_layout.max_seqlen_k <= SHORT_SEQUENCE else _attend_per_span
+    return attend(query, key, value, scaling, packed_layout), None
 
 
 AttentionInterface.register(PACKED_ATTENTION, shared_prefix_attention)
 
 
 def _attend_per_span(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: PackedLayout) -> Tensor:
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # grouped-query attention: SDPA's own enable_gqa falls back to a slow kernel when a mask is given
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    key, value = _repeat_heads(query, key, value)
+    # Cut with split, whose backward is one concatenation; every slice's backward would write a whole row of zeros.
+    lengths = [length for span in layout.spans for length in (span.prefix + span.branches[0], *span.branches[1:])]
+    pieces = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     outputs = []
     for span in layout.spans:
-        prefix_end = span.start + span.prefix
-        first_end = prefix_end + span.branches[0]
-        own = slice(span.start, first_end)
-        outputs.append(F.scaled_dot_product_attention(query[:, :, own], key[:, :, own], value[:, :, own], is_causal=True, scale=scaling))
-        start = first_end
+        own_query, own_key, own_value = next(pieces)
+        outputs.append(F.scaled_dot_product_attention(own_query, own_key, own_value, is_causal=True, scale=scaling))
+        prefix_key, prefix_value = own_key[:, :, : span.prefix], own_value[:, :, : span.prefix]
         for length in span.branches[1:]:
+            branch_query, branch_key, branch_value = next(pieces)
             if length == 0:
                 continue
-            branch, prefix = slice(start, start + length), slice(span.start, prefix_end)
             outputs.append(
                 F.scaled_dot_product_attention(
-                    query[:, :, branch],
-                    torch.cat([key[:, :, prefix], key[:, :, branch]], dim=2),
-                    torch.cat([value[:, :, prefix], value[:, :, branch]], dim=2),
+                    branch_query,
+                    torch.cat([prefix_key, branch_key], dim=2),
+                    torch.cat([prefix_value, branch_value], dim=2),
                     attn_mask=torch.ones(length, span.prefix + length, dtype=torch.bool, device=query.device).tril(span.prefix),
                     scale=scaling,
                 )
             )
-            start += length
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
+def _attend_padded(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: PackedLayout) -> Tensor:
+    """All sequences of the row as one padded batch: for many short ones, where calls cost more than padding."""
+    key, value = _repeat_heads(query, key, value)
+    start_q, start_k = layout.cu_seqlens_q[:-1, None], layout.cu_seqlens_k[:-1, None]
+    length_q, length_k = layout.cu_seqlens_q.diff()[:, None], layout.cu_seqlens_k.diff()[:, None]
+    place_q = torch.arange(layout.max_seqlen_q, device=query.device)
+    place_k = torch.arange(layout.max_seqlen_k, device=query.device)
+    inside_q, inside_k = place_q < length_q, place_k < length_k  # (sequences, longest)
+    rows_q = torch.where(inside_q, start_q + place_q, 0)
+    rows_k = layout.kv_index[torch.where(inside_k, start_k + place_k, 0)]
+    visible = (place_k <= place_q[:, None] + (length_k - length_q)[:, :, None]) & inside_k[:, None]  # causal, aligned bottom-right
+
+    def padded(tensor: Tensor, rows: Tensor) -> Tensor:
+        return tensor[0].transpose(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape).transpose(1, 2)
+
+    # In float32: on a CPU the backward of torch's bfloat16 kernel takes five times as long for short sequences.
+    with torch.autocast(query.device.type, enabled=False):
+        inputs = [_at_least_float32(padded(*pair)) for pair in ((query, rows_q), (key, rows_k), (value, rows_k))]
+        output = F.scaled_dot_product_attention(*inputs, attn_mask=visible[:, None], scale=scaling).to(value.dtype)
+    return output.transpose(1, 2)[inside_q][None]
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values once per query head: SDPA's own enable_gqa falls back to a slow kernel when a mask is given."""
+    groups = query.shape[1] // key.shape[1]
+    return (key, value) if groups == 1 else (key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1))
 
 
 def _attend_varlen(kernel: VarlenKernel, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: PackedLayout) -> Tensor:

@@ -15,7 +15,7 @@ import os
 import platform
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from muffin.attention import attention_family
 from muffin.pairs import PreferenceDataset, RowError
-from muffin.policies import Checkpoint
+from muffin.policies import Checkpoint, PolicyOptions
 from muffin.policies.base import PolicyAdapter
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,8 @@ _VOLATILE_CONFIG_KEYS = {
     *("_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype", "architectures", "use_cache"),
     *("base_model_name_or_path", "peft_version", "inference_mode", "revision", "auto_mapping"),
 }
+# Original LLaVA checkpoints have pickled weights only (read with weights_only=True); safetensors are taken where there are both.
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft", "pillow")
 
 # One fixed row whose encoding shows any change that no setting names: not square, with digits, CJK, line breaks and an emoji.
@@ -172,19 +174,20 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def weights_id(checkpoint: Checkpoint, cache_dir: Path | None = None) -> str:
-    """Hash of names and contents of the checkpoint's safetensors files and of its config, LoRA files added.
+    """Hash of names and contents of the checkpoint's weight files and of its config, LoRA files added.
 
     The config counts because it changes the function the weights compute (lora_alpha, rope_theta); what libraries stamp into it does not.
-    Raises ValueError when there are no safetensors files.
+    Raises ValueError when there are no weight files.
     """
     index = checkpoint.base / "model.safetensors.index.json"
     if index.exists():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     else:
-        names = sorted(file.name for file in checkpoint.base.glob("*.safetensors") if not file.name.startswith("adapter_"))
+        found = [file.name for kind in WEIGHT_FILES for file in checkpoint.base.glob(kind) if not file.name.startswith("adapter_")]
+        names = sorted(name for name in found if name.endswith(Path(found[0]).suffix))
     files = [checkpoint.base / name for name in names]
     if not files:
-        raise ValueError(f"{checkpoint.base} holds no *.safetensors files; convert the checkpoint with `save_pretrained`")
+        raise ValueError(f"{checkpoint.base} holds no weights ({' or '.join(WEIGHT_FILES)}); convert the checkpoint with `save_pretrained`")
     configs = [checkpoint.base / "config.json"]
     if checkpoint.lora is not None:
         files.append(checkpoint.lora / "adapter_model.safetensors")
@@ -290,7 +293,7 @@ def explain_difference(stored: dict[str, Any], current: dict[str, Any]) -> list[
     return lines
 
 
-_ENCODING_FLAGS = frozenset(("prompt_name", "image_aspect_ratio", "model_max_length", "max_slice_nums"))
+_ENCODING_FLAGS = frozenset(each.name for each in fields(PolicyOptions))
 
 
 def environment_differences(stored: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, Any, Any]]:

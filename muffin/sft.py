@@ -2,10 +2,10 @@
 
     Demonstration --DemonstrationCollator (workers)--> DemonstrationBatch --response_logps--> negative log-likelihoods (R,)
 
-The loss of a step is the mean over its response tokens, on all processes.
+The loss of a step is the mean over its response tokens, or over its answers' means (`--sft_use_average True`), on all processes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +28,11 @@ class SFTArguments(PolicyArguments):
     muon_learning_rate: float = field(
         default=0.0,
         metadata={"help": "Training from scratch: above 0, Muon trains hidden matrices at this rate, --learning_rate the rest."},
+    )
+
+    sft_use_average: bool = field(
+        default=False,
+        metadata={"help": "Each answer counts the same (the mean over its tokens), not each token: for a mix of long and short ones."},
     )
 
     def __post_init__(self) -> None:
@@ -59,8 +64,10 @@ class DemonstrationBatch:
 class DemonstrationCollator:
     """list[Demonstration] -> DemonstrationBatch. Runs in DataLoader workers."""
 
-    def __init__(self, adapter: PolicyAdapter) -> None:
+    def __init__(self, adapter: PolicyAdapter, *, items: Callable[[PackedBatch], int]) -> None:
+        """items: what the loss of a step is a mean over, `count_tokens` or `count_answers`."""
         self.adapter = adapter
+        self.items = items
 
     def __call__(self, rows: Sequence[Demonstration]) -> DemonstrationBatch:
         encoded = []
@@ -70,7 +77,15 @@ class DemonstrationCollator:
             except ValueError as error:
                 raise ValueError(f"idx {row.idx}: {error}") from error
         packed = pack(encoded, self.adapter)
-        return DemonstrationBatch(packed, tuple(row.idx for row in rows), int(packed.lengths.sum()))
+        return DemonstrationBatch(packed, tuple(row.idx for row in rows), self.items(packed))
+
+
+def count_tokens(packed: PackedBatch) -> int:
+    return int(packed.lengths.sum())
+
+
+def count_answers(packed: PackedBatch) -> int:
+    return len(packed.lengths)
 
 
 class SFTTrainer(PolicyTrainer):
@@ -84,9 +99,8 @@ class SFTTrainer(PolicyTrainer):
         train_dataset: DemonstrationDataset,
         eval_dataset: DemonstrationDataset | None = None,
     ) -> None:
-        super().__init__(
-            model, args, adapter, data_collator=DemonstrationCollator(adapter), train_dataset=train_dataset, eval_dataset=eval_dataset
-        )
+        collator = DemonstrationCollator(adapter, items=count_answers if args.sft_use_average else count_tokens)
+        super().__init__(model, args, adapter, data_collator=collator, train_dataset=train_dataset, eval_dataset=eval_dataset)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if not self.args.muon_learning_rate:
@@ -104,9 +118,9 @@ class SFTTrainer(PolicyTrainer):
     def _row_losses(self, model: nn.Module, batch: DemonstrationBatch) -> tuple[Tensor, dict[str, Tensor]]:
         with self.args.numerics.autocast(self.args.device.type):
             logps = response_logps(model, batch.packed)
-        losses = sft_loss(logps.sums)
+        losses = sft_loss(logps.averages if self.args.sft_use_average else logps.sums)
         return losses, {"loss": losses.detach(), "tokens": logps.lengths.to(losses.dtype)}
 
     def _summarize(self, sums: Mapping[str, float], rows: float) -> dict[str, float]:
-        """loss: per response token; tokens: response tokens per row."""
-        return {"loss": sums["loss"] / sums["tokens"], "tokens": sums["tokens"] / rows}
+        """loss: per item; tokens: response tokens per row."""
+        return {"loss": sums["loss"] / (rows if self.args.sft_use_average else sums["tokens"]), "tokens": sums["tokens"] / rows}

@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from muffin.policies import Checkpoint, PolicyAdapter, PolicyOptions, load_policy, save_adapter
+from muffin.policies import Checkpoint, PolicyAdapter, load_policy, save_adapter
 from muffin.policy_trainer import PolicyArguments, add_lora, freeze, last_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -18,21 +18,7 @@ logger = logging.getLogger(__name__)
 @dataclass
 class ModelOptions:
     model_name_or_path: str = field(metadata={"help": "Policy to start from (in DPO also the reference): folder or hub id."})
-    prompt_name: str | None = field(
-        default=None,
-        metadata={"help": "Conversation template (LLaVA-1.5: llava_v1, vicuna_v1, hf); default: the checkpoint's, else llava_v1."},
-    )
-    image_aspect_ratio: str | None = field(
-        default=None, metadata={"help": "pad (whole picture) or crop (centre); default: the checkpoint's, else pad."}
-    )
-    model_max_length: int = field(default=2048, metadata={"help": "Limit on prompt (image included) plus response, in tokens."})
     freeze_vision_tower: bool = field(default=True, metadata={"help": "Leave the vision tower as it is; LoRA never touches it."})
-
-    @property
-    def policy_options(self) -> PolicyOptions:
-        return PolicyOptions(
-            prompt_name=self.prompt_name, image_aspect_ratio=self.image_aspect_ratio, model_max_length=self.model_max_length
-        )
 
 
 @dataclass

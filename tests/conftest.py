@@ -6,6 +6,7 @@
 
 import importlib.util
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -14,8 +15,7 @@ from types import ModuleType
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read by transformers and datasets when they are imported, below and by the tests
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-_ARROW_CACHE = tempfile.TemporaryDirectory(prefix="muffin-arrow-cache-")  # opened data is copied there; gone with this process
-os.environ["HF_DATASETS_CACHE"] = _ARROW_CACHE.name
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="muffin-arrow-cache-")  # opened data is copied there
 
 import pytest
 import torch
@@ -34,6 +34,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
     parser.addoption("--samples", type=folder, help="folder of real samples; tests that take them are skipped without it")
     parser.addoption("--tokenizers", type=folder, help="folder of real tokenizers; default: `tokenizers` beside --samples")
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

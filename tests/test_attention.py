@@ -68,8 +68,9 @@ def varlen_attn(
     return flash_attn_varlen_func(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, softmax_scale=scale, causal=causal)
 
 
-@pytest.fixture(params=["sdpa", "flash_attention_2", "torch_varlen"])
+@pytest.fixture(params=["sdpa per span", "sdpa padded", "flash_attention_2", "torch_varlen"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(attention, "SHORT_SEQUENCE", 1000 if request.param == "sdpa padded" else 0)
     if request.param == "flash_attention_2":
         monkeypatch.setattr(attention, "varlen_kernel", lambda device_type, dtype: flash_attn_varlen_func)
     if request.param == "torch_varlen":

@@ -27,6 +27,8 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from tests.conftest import ROOT
+from tests.policies import test_conformance
+from tests.policies.tiny_families import FAMILIES
 
 # A module imports only modules above it. A line without a file yet is fine, a module without a line is not.
 IMPORT_ORDER = (
@@ -455,3 +457,17 @@ def write_tree(root: Path, files: dict[str, str]) -> None:
         file = root / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
+
+
+def test_conformance_suite_is_families_times_checks():
+    """Every check runs for every family: no check is narrowed, no family left out."""
+
+    class Collected:
+        def pytest_collection_modifyitems(self, items):
+            self.names = [item.name for item in items]
+
+    collected = Collected()
+    pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", str(ROOT / "tests/policies/test_conformance.py")], plugins=[collected])
+    checks = [name for name in vars(test_conformance) if name.startswith("test_")]
+    assert len(checks) > 20
+    assert sorted(collected.names) == sorted(f"{check}[{family}]" for check in checks for family in FAMILIES)

@@ -195,7 +195,7 @@ def test_negative_controls_differ(monkeypatch: pytest.MonkeyPatch):
         assert (wrong - right).abs().max() > 1e-2, name
     monkeypatch.setattr(
         attention,
-        "_attend_per_span",
+        "_attend_padded",
         lambda q, k, v, scaling, layout: nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling).transpose(1, 2),
     )
     assert (response_logps(model, batch).sums - right).abs().max() > 1e-2

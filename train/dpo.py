@@ -12,7 +12,7 @@ trainer_state.json (all logged metrics), muffin_reference.json (the reference po
 
 import logging
 import shlex
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import HfArgumentParser, TrainerState, set_seed
 
 from muffin.pairs import PreferenceDataset, load_preferences, parse_column_map
-from muffin.policies import PolicyAdapter, load_adapter, resolve_checkpoint
+from muffin.policies import PolicyAdapter, PolicyOptions, load_adapter, resolve_checkpoint
 from muffin.preflight import preflight
 from muffin.provenance import describe_reference, foreign_rows, read_reference, reference_id
 from muffin.reference_gate import refuse_foreign_rows
@@ -40,27 +40,27 @@ class DataOptions:
     bad_rows: Literal["fail", "skip"] = field(default="fail", metadata={"help": "Stop at rows that cannot be used, or leave them out."})
 
 
-OPTIONS = (ModelOptions, DataOptions, LoraOptions, DPOArguments)
+OPTIONS = (ModelOptions, PolicyOptions, DataOptions, LoraOptions, DPOArguments)
 
 
 def main(argv: list[str] | None = None) -> TrainerState:
-    model_options, data_options, lora_options, args = HfArgumentParser(OPTIONS).parse_args_into_dataclasses(
+    model_options, policy_options, data_options, lora_options, args = HfArgumentParser(OPTIONS).parse_args_into_dataclasses(
         args=argv, look_for_args_file=False
     )
     logging.basicConfig(level=logging.INFO if args.process_index == 0 else logging.ERROR, format="%(name)s: %(message)s")
     resume = checkpoint_to_resume(args)
     checkpoint = resolve_checkpoint(model_options.model_name_or_path)
     check_options(model_options, lora_options, args, checkpoint)
-    adapter = load_adapter(checkpoint, model_options.policy_options)
+    adapter = load_adapter(checkpoint, policy_options)
     reference = describe_reference(checkpoint, adapter, args.numerics)
 
     def rows(path: str, name: str, max_rows: int | None) -> PreferenceDataset:
-        command = scoring_command(path, model_options, data_options, args)
+        command = scoring_command(path, model_options, policy_options, data_options, args)
         return load_rows(path, name, data_options, max_rows, args, adapter, reference, command)
 
     train_dataset = rows(data_options.data_path, "train", data_options.max_rows)
     eval_dataset = rows(data_options.eval_data_path, "eval", None) if data_options.eval_data_path else None
-    save_options(args, model_options, data_options, lora_options)
+    save_options(args, model_options, policy_options, data_options, lora_options)
 
     set_seed(args.seed)  # a LoRA adapter starts at random
     trainer = DPOTrainer(
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> TrainerState:
         train_dataset,
         eval_dataset,
         reference=reference,
-        scoring_command=scoring_command(data_options.data_path, model_options, data_options, args),
+        scoring_command=scoring_command(data_options.data_path, model_options, policy_options, data_options, args),
     )
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
@@ -115,15 +115,15 @@ def load_rows(
         )
 
 
-def scoring_command(path: str, model_options: ModelOptions, data_options: DataOptions, args: DPOArguments) -> str:
+def scoring_command(
+    path: str, model_options: ModelOptions, policy_options: PolicyOptions, data_options: DataOptions, args: DPOArguments
+) -> str:
     """The command that stores the log-probs this run needs."""
     words = ["python", "eval/muffin_inference_logp.py", "--model_name_or_path", model_options.model_name_or_path, "--data_path", path]
     words += ["--output_dir", "SCORED", "--dtype", args.dtype, "--lora_enable", str(args.lora_enable)]
-    words += ["--model_max_length", str(model_options.model_max_length)]
-    optional = {**asdict(model_options), **asdict(data_options)}
-    for name in ("prompt_name", "image_aspect_ratio", "column_map", "image_root"):
-        if optional[name]:
-            words += [f"--{name}", optional[name]]
+    words += policy_options.flags()
+    for name, value in (("column_map", data_options.column_map), ("image_root", data_options.image_root)):
+        words += [f"--{name}", value] if value else []
     return shlex.join(words)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from transformers import HfArgumentParser, TrainerState, set_seed
 
 from muffin.pairs import load_demonstrations, parse_column_map
-from muffin.policies import load_adapter, resolve_checkpoint
+from muffin.policies import PolicyOptions, load_adapter, resolve_checkpoint
 from muffin.sft import SFTArguments, SFTTrainer
 from muffin.training_run import LoraOptions, ModelOptions, build_policy, check_options, checkpoint_to_resume, merge, save_options
 
@@ -29,20 +29,22 @@ class DataOptions:
     max_rows: int | None = field(default=None, metadata={"help": "Train on the first rows only."})
 
 
-OPTIONS = (ModelOptions, DataOptions, LoraOptions, SFTArguments)
+OPTIONS = (ModelOptions, PolicyOptions, DataOptions, LoraOptions, SFTArguments)
 
 
 def main(argv: list[str] | None = None) -> TrainerState:
-    model_options, data, lora_options, args = HfArgumentParser(OPTIONS).parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+    model_options, policy_options, data, lora_options, args = HfArgumentParser(OPTIONS).parse_args_into_dataclasses(
+        args=argv, look_for_args_file=False
+    )
     logging.basicConfig(level=logging.INFO if args.process_index == 0 else logging.ERROR, format="%(name)s: %(message)s")
     resume = checkpoint_to_resume(args)
     checkpoint = resolve_checkpoint(model_options.model_name_or_path)
     check_options(model_options, lora_options, args, checkpoint)
-    adapter = load_adapter(checkpoint, model_options.policy_options)
+    adapter = load_adapter(checkpoint, policy_options)
     columns = {"column_map": parse_column_map(data.column_map), "image_root": data.image_root}
     train_dataset = load_demonstrations(data.data_path, max_rows=data.max_rows, **columns)
     eval_dataset = load_demonstrations(data.eval_data_path, **columns) if data.eval_data_path else None
-    save_options(args, model_options, data, lora_options)
+    save_options(args, model_options, policy_options, data, lora_options)
 
     set_seed(args.seed)  # a LoRA adapter starts at random
     policy = build_policy(checkpoint, adapter, model_options, lora_options, args)

@@ -78,16 +78,16 @@ def resolve_checkpoint(name_or_path: str | Path) -> Checkpoint:
     return Checkpoint(base=folder)
 
 
-def load_adapter(checkpoint: Checkpoint, options: PolicyOptions, policy: str | None = None) -> PolicyAdapter:
-    """The adapter that the checkpoint's config calls for (`policy`, a key of ADAPTERS, overrides it), with the prompt and image options
-    the checkpoint was saved with unless `options` says otherwise.
+def load_adapter(checkpoint: Checkpoint, options: PolicyOptions) -> PolicyAdapter:
+    """The adapter that the checkpoint's config calls for (`options.policy`, a key of ADAPTERS, overrides it), with the prompt
+    and image options the checkpoint was saved with unless `options` says otherwise.
 
     Raises ValueError listing what is supported when the model type is not.
     """
     supported = ", ".join(sorted(ADAPTERS))
-    if policy is not None and policy not in ADAPTERS:
-        raise ValueError(f"--policy {policy} is unknown; choose from {supported}")
-    model_type = policy or json.loads((checkpoint.base / "config.json").read_text()).get("model_type")
+    if options.policy is not None and options.policy not in ADAPTERS:
+        raise ValueError(f"--policy {options.policy} is unknown; choose from {supported}")
+    model_type = options.policy or json.loads((checkpoint.base / "config.json").read_text()).get("model_type")
     if model_type not in ADAPTERS:
         raise ValueError(
             f"{checkpoint.base} has model_type {model_type!r}; supported: {supported}. A model with the architecture of one of them "

@@ -7,7 +7,7 @@ Everything that differs between families lives in one adapter file; nothing else
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,22 +24,33 @@ CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
 
 @dataclass(frozen=True)
 class PolicyOptions:
-    """Choices that change what a policy sees. None takes what the checkpoint was saved with, else the family's default.
+    """Choices that change what a policy sees; recipes take them as flags.
 
-    prompt_name: name of the conversation template (LLaVA-1.5: llava_v1, vicuna_v1, hf).
-    image_aspect_ratio: "pad" (whole picture, padded square) or "crop" (centre crop), for families with square inputs (LLaVA-1.5).
-    max_pixels: pixels an image is shrunk to at most; 28 x 28 pixels are a token (Qwen2.5-VL), 32 x 32 (Qwen3-VL).
-    max_slice_nums: largest number of slices an image is cut into besides its overview (MiniCPM-V; 1 = never cut).
-    downsample_mode: "16x", or "4x" for four times the image tokens (MiniCPM-V 4.6).
-    model_max_length: limit on prompt (image tokens included) plus response, in tokens.
+    None takes what the checkpoint was saved with, else the family's default. A family refuses an option that means nothing to it.
     """
 
-    prompt_name: str | None = None
-    image_aspect_ratio: str | None = None
-    max_pixels: int | None = None
-    max_slice_nums: int | None = None
-    downsample_mode: str | None = None
-    model_max_length: int = 2048
+    policy: str | None = field(
+        default=None, metadata={"help": "Model family (a model_type), for a checkpoint whose config names another; default: its config's."}
+    )
+    prompt_name: str | None = field(
+        default=None,
+        metadata={"help": "Conversation template (LLaVA-1.5: llava_v1, vicuna_v1, hf); default: the checkpoint's, else its family's."},
+    )
+    image_aspect_ratio: str | None = field(
+        default=None, metadata={"help": "LLaVA-1.5: pad (whole picture) or crop (centre); default: the checkpoint's, else pad."}
+    )
+    max_pixels: int | None = field(
+        default=None, metadata={"help": "Qwen-VL: pixels an image is shrunk to at most; 28 x 28 (Qwen3-VL: 32 x 32) are a token."}
+    )
+    max_slice_nums: int | None = field(
+        default=None, metadata={"help": "MiniCPM-V: most slices an image is cut into besides its overview; 1 never cuts."}
+    )
+    downsample_mode: str | None = field(default=None, metadata={"help": "MiniCPM-V 4.6: 16x, or 4x for four times the image tokens."})
+    model_max_length: int = field(default=2048, metadata={"help": "Limit on prompt (image included) plus response, in tokens."})
+
+    def flags(self) -> list[str]:
+        """The options that were given, as command-line words."""
+        return [word for name, value in vars(self).items() if value is not None for word in (f"--{name}", str(value))]
 
 
 @dataclass(frozen=True)
@@ -207,7 +218,7 @@ def room_for_response(prompt_length: int, image_tokens: int, model_max_length: i
 def refuse_options(options: PolicyOptions, family: str, known: Sequence[str]) -> None:
     """Raise ValueError for an option that was given but means nothing to the family."""
     for name, value in vars(options).items():
-        if value is not None and name not in ("model_max_length", *known):
+        if value is not None and name not in ("policy", "model_max_length", *known):
             raise ValueError(
                 f"--{name} {value} means nothing to {family}; leave it out (it knows {', '.join(f'--{each}' for each in known)})"
             )

@@ -467,8 +467,8 @@ def test_adapter_is_chosen_by_the_checkpoints_config(case, tmp_path):
     with pytest.raises(ValueError, match=f"has model_type 'own_vlm'; supported: {', '.join(sorted(ADAPTERS))}"):
         load_adapter(checkpoint, PolicyOptions())
     with pytest.raises(ValueError, match=f"--policy own is unknown; choose from {', '.join(sorted(ADAPTERS))}"):
-        load_adapter(checkpoint, PolicyOptions(), policy="own")
-    adapter = load_adapter(checkpoint, PolicyOptions(), policy=config["model_type"])
+        load_adapter(checkpoint, PolicyOptions(policy="own"))
+    adapter = load_adapter(checkpoint, PolicyOptions(policy=config["model_type"]))
     assert type(adapter) is type(case.adapter) and adapter.settings() == case.adapter.settings()
     model = load_policy(checkpoint, adapter, dtype=torch.float32).eval()
     batch = pack(some_prompts(adapter), adapter)
