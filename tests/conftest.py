@@ -1,7 +1,7 @@
 """Fixtures that every test may use. Nothing here, or in any test, needs a network, a GPU or files outside the checkout.
 
---samples DIR: folder of real samples (rlaifv_photos/, amber/, ...); tests that take the fixture `samples` are skipped without it.
---tokenizers DIR: folder of real tokenizers (llama2/tokenizer.model); by default `tokenizers` beside the samples folder.
+--samples=DIR: folder of real samples (rlaifv_photos/, amber/, ...); tests that take the fixture `samples` are skipped without it.
+--tokenizers=DIR: folder of real tokenizers (llama2/tokenizer.model); by default `tokenizers` beside the samples folder.
 """
 
 import importlib.util
@@ -44,7 +44,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = [report.nodeid for report in terminalreporter.stats.get("skipped", []) if NEEDS_SAMPLES in str(report.longrepr)]
     if skipped:
         names = ", ".join(skipped)
-        terminalreporter.write_line(f"{len(skipped)} tests on real samples were skipped (give them with --samples DIR): {names}")
+        terminalreporter.write_line(f"{len(skipped)} tests on real samples were skipped (give them with --samples=DIR): {names}")
 
 
 def load_module(path: str | Path) -> ModuleType:
@@ -77,7 +77,7 @@ def samples(pytestconfig: pytest.Config) -> Path:
     """The folder of real samples given with --samples."""
     folder = pytestconfig.getoption("--samples")
     if folder is None:
-        pytest.skip(NEEDS_SAMPLES + "give their folder with --samples DIR")
+        pytest.skip(NEEDS_SAMPLES + "give their folder with --samples=DIR")
     if not folder.is_dir():
         pytest.fail(f"--samples {folder} is not a folder")
     return folder
@@ -88,10 +88,10 @@ def llama2_tokenizer_model(pytestconfig: pytest.Config) -> Path:
     """The real Llama-2 sentencepiece model (Vicuna's and LLaVA-1.5's)."""
     folder, samples = pytestconfig.getoption("--tokenizers"), pytestconfig.getoption("--samples")
     if folder is None and samples is None:
-        pytest.skip(NEEDS_SAMPLES + "give llama2/tokenizer.model with --tokenizers DIR, or have `tokenizers` beside --samples DIR")
+        pytest.skip(NEEDS_SAMPLES + "give llama2/tokenizer.model with --tokenizers=DIR, or have `tokenizers` beside --samples=DIR")
     model = (folder or samples.parent / "tokenizers") / "llama2" / "tokenizer.model"
     if folder is None and not model.is_file():
-        pytest.skip(NEEDS_SAMPLES + f"no {model}; give its folder with --tokenizers DIR")
+        pytest.skip(NEEDS_SAMPLES + f"no {model}; give its folder with --tokenizers=DIR")
     if not model.is_file():
         pytest.fail(f"--tokenizers {folder} holds no llama2/tokenizer.model")
     return model
