@@ -124,7 +124,12 @@ def shared_prefix_attention(
     if kernel is not None:
         return _attend_varlen(kernel, query, key, value, scaling, packed_layout), None
     attend = _attend_padded if packed_layout.max_seqlen_k <= SHORT_SEQUENCE else _attend_per_span
-    return attend(query, key, value, scaling, packed_layout), None
+    # A CPU's attention runs in float32 at any length: for short sequences the backward of torch's bfloat16 kernel takes five times as
+    # long, for long ones the two are equally fast, and log-probs must not depend on which form a batch happens to take.
+    exact = torch.float32 if query.device.type == "cpu" and query.dtype != torch.float64 else query.dtype
+    with torch.autocast(query.device.type, enabled=False):
+        output = attend(query.to(exact), key.to(exact), value.to(exact), scaling, packed_layout)
+    return output.to(value.dtype), None
 
 
 AttentionInterface.register(PACKED_ATTENTION, shared_prefix_attention)
@@ -171,15 +176,10 @@ def _attend_padded(query: Tensor, key: Tensor, value: Tensor, scaling: float | N
     def padded(tensor: Tensor, rows: Tensor) -> Tensor:
         return tensor[0].transpose(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape).transpose(1, 2)
 
-    # In float32: on a CPU the backward of torch's bfloat16 kernel takes five times as long for short sequences.
-    with torch.autocast(query.device.type, enabled=False):
-        inputs = [_at_least_float32(padded(*pair)) for pair in ((query, rows_q), (key, rows_k), (value, rows_k))]
-        output = F.scaled_dot_product_attention(*inputs, attn_mask=visible[:, None], scale=scaling).to(value.dtype)
+    output = F.scaled_dot_product_attention(
+        padded(query, rows_q), padded(key, rows_k), padded(value, rows_k), attn_mask=visible[:, None], scale=scaling
+    )
     return output.transpose(1, 2)[inside_q][None]
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

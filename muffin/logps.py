@@ -12,7 +12,7 @@ from muffin.attention import inside_packed_attention, packed_attention
 from muffin.packing import PackedBatch
 
 # Rows of logits that are turned into float32 at a time: bounds the working copy at chunk x V.
-LOGIT_ROWS_PER_CHUNK = 256
+LOGIT_ROWS_PER_CHUNK = 64
 
 
 def get_batch_logps(

@@ -182,7 +182,7 @@ def test_weights_of_sharded_checkpoints_are_those_in_the_index(tiny_llava_path, 
 
 
 def test_a_checkpoint_without_safetensors_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no \*.safetensors files"):
+    with pytest.raises(ValueError, match=r"holds no weights \(\*.safetensors or pytorch_model\*.bin\)"):
         weights_id(Checkpoint(tmp_path), tmp_path / "cache")
 
 

@@ -150,7 +150,7 @@ def test_data_without_log_probs_names_the_command_that_adds_them(train, tiny_row
     command = (
         f"python eval/muffin_inference_logp.py --model_name_or_path {tiny_llava_path} --data_path {tiny_rows_path} --output_dir SCORED"
     )
-    flags = "--dtype float32 --lora_enable False --model_max_length 2048 --image_aspect_ratio crop"
+    flags = "--dtype float32 --lora_enable False --image_aspect_ratio crop --model_max_length 2048"
     assert f"{command} {flags}" in str(error.value)
 
 
@@ -255,4 +255,5 @@ def test_two_processes_equal_one(train, load_recipe, tiny_llava_path, scored, tm
         assert processes_seen == 2
         assert by_step == pytest.approx(losses(alone), rel=1e-5)
         for name in ("eval_loss", "eval_rewards/chosen", "eval_rewards/accuracies", "eval_logps/rejected"):
-            assert evaluation[name] == pytest.approx(expected[name], rel=1e-4)
+            # rewards are differences of sums near 200 nats, which float32 holds to 2e-5
+            assert evaluation[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5)
