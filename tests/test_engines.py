@@ -105,6 +105,7 @@ def zero_training(rank: int, port: int, main, command: list[str]) -> tuple[str, 
     return wrapper, [entry["loss"] for entry in state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow  # DeepSpeed compiles its CPU communication on first use, which takes a C++ compiler and a minute
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_equals_one_process(stage: int, load_recipe, tiny_llava_path: Path, tiny_rows_path: Path, tmp_path: Path):
     """ZeRO-2 and ZeRO-3 through the Trainer, float32: the first losses are those of one process with the same pairs per step."""

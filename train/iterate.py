@@ -14,6 +14,7 @@ before-after.png (held-out images with both answers), round-N/ (answers, judged,
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -76,17 +77,18 @@ class Stage:
 
 
 class Ledger:
-    """The manifest of a folder: which stages are done, with what command, how long they took and what they made."""
+    """The manifest of a folder: its stages in order, with what command, and for finished ones how long they took and what they made."""
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "manifest.json"
-        self.done: dict[str, dict[str, Any]] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.stages: dict[str, dict[str, Any]] = json.loads(self.file.read_text()) if self.file.exists() else {}
 
     def run(self, *stages: Stage) -> None:
-        """Run stages that are not done yet, all at once: those given together do not depend on each other."""
-        todo = [stage for stage in stages if self.done.get(stage.name, {}).get("command") != list(stage.command)]
+        """Run stages that are not finished yet, all at once: those given together do not depend on each other."""
+        todo = [stage for stage in stages if not self.finished(stage)]
         for stage in todo:
             print(f"\n== {stage.name}: python {' '.join(stage.command)}", flush=True)
+            self.begin(stage)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # stages and workers share few cores
         start = time.perf_counter()
         processes = [subprocess.Popen([sys.executable, *stage.command], cwd=ROOT, env=environment) for stage in todo]
@@ -95,21 +97,39 @@ class Ledger:
                 for other in processes:
                     other.terminate()
                 raise SystemExit(f"stage {stage.name} failed with exit code {process.returncode}; mend the cause above and run this again")
-            self.record(stage, time.perf_counter() - start)
+            self.finish(stage, time.perf_counter() - start)
 
-    def record(self, stage: Stage, seconds: float) -> None:
-        files = (
-            [stage.output]
-            if stage.output.is_file()
-            else sorted(f for f in stage.output.rglob("*") if f.suffix in (".parquet", ".safetensors"))
-        )
-        hashes = dict(zip((str(file.relative_to(stage.output.parent)) for file in files), hash_files(files), strict=True))
-        self.done[stage.name] = {"command": list(stage.command), "seconds": round(seconds, 1), "sha256": hashes}
-        write_atomically(self.file, (json.dumps(self.done, indent=1) + "\n").encode())
+    def finished(self, stage: Stage) -> bool:
+        known = self.stages.get(stage.name, {})
+        return "seconds" in known and known["command"] == list(stage.command)
+
+    def begin(self, stage: Stage) -> None:
+        """Note what is about to run. What this stage and all after it made with another command goes; a killed stage keeps its parts."""
+        names = list(self.stages)
+        if stage.name in names and self.stages[stage.name]["command"] != list(stage.command):
+            for name in names[names.index(stage.name) :]:
+                output = Path(self.stages.pop(name)["output"])
+                output.unlink() if output.is_file() else shutil.rmtree(output, ignore_errors=True)
+        self.stages.setdefault(stage.name, {"command": list(stage.command), "output": str(stage.output)})
+        self.save()
+
+    def finish(self, stage: Stage, seconds: float) -> None:
+        files = [
+            file
+            for file in (stage.output, *sorted(stage.output.rglob("*")))
+            if file.suffix in (".parquet", ".safetensors") or file == stage.output
+        ]
+        names = [str(file.relative_to(stage.output.parent)) for file in files if file.is_file()]
+        hashes = hash_files([stage.output.parent / name for name in names])
+        self.stages[stage.name] |= {"seconds": round(seconds, 1), "sha256": dict(zip(names, hashes, strict=True))}
+        self.save()
+
+    def save(self) -> None:
+        write_atomically(self.file, (json.dumps(self.stages, indent=1) + "\n").encode())
 
     @property
     def seconds(self) -> dict[str, float]:
-        return {name: stage["seconds"] for name, stage in self.done.items()}
+        return {name: stage["seconds"] for name, stage in self.stages.items()}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -122,7 +142,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     cold.mkdir(parents=True, exist_ok=True)
 
     cache = Ledger(cold)
-    warm = "labeler" in cache.done
+    warm = cache.finished(train_labeler(world, cold))
     cache.run(make_world(world, cold))
     cache.run(cold_start(world, cold))
     cache.run(train_labeler(world, cold))

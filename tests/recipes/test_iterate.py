@@ -58,6 +58,14 @@ def test_small_world_with_true_labels(load_recipe, in_process: list[str], tmp_pa
     assert in_process == ["eval/shapeworld.py"]
     assert json.loads(manifest.read_text())["measures"]["sha256"] == hashes
 
+    # another labeler: its stage and all after it run again, the answers before it stay
+    in_process[:] = []
+    iterate.main([*flags, "--labeler", "self"])
+    assert in_process[0] == "data/score_claims.py"
+    assert in_process[-1] == "eval/shapeworld.py"
+    assert len(in_process) == 7
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["labeler"]["accuracy"] < 100
+
 
 def test_a_failing_stage_stops_the_run(load_recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     iterate = load_recipe("train/iterate.py")
@@ -66,7 +74,8 @@ def test_a_failing_stage_stops_the_run(load_recipe, monkeypatch: pytest.MonkeyPa
     )
     with pytest.raises(SystemExit, match="stage world failed with exit code 3"):
         iterate.main(["--output_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache")])
-    assert not (tmp_path / "run" / "manifest.json").exists()
+    (cold,) = (tmp_path / "cache").iterdir()
+    assert "seconds" not in json.loads((cold / "manifest.json").read_text())["world"]
 
 
 def test_compare_runs_by_hand(load_recipe, tmp_path: Path):
