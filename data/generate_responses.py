@@ -64,7 +64,7 @@ class GenerationOptions:
 
 
 OPTIONS = (PolicyOptions, GenerationOptions)
-DECIDING = ("num_answers", "temperature", "max_new_tokens", "seed", "batch_size", "shard_rows", "max_rows", "column_map")
+DECIDING = ("num_answers", "temperature", "max_new_tokens", "seed", "batch_size", "shard_rows", "max_rows", "column_map", "image_root")
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,7 @@ def main(argv: list[str] | None = None) -> GenerationSummary:
         print(
             f"{summary.answers} answers to {summary.prompts} prompts in {folder.path}, {rate}; mean words {summary.words:.1f}, "
             f"truncated {summary.truncated}, prompts that could not be used {summary.failures}"
+            + (" (column failure says why; mend them and give an empty --output_dir)" if summary.failures else "")
         )
     return summary
 

@@ -147,6 +147,7 @@ def training_command(options: ScoringOptions, policy_options: PolicyOptions, dty
     """The command that trains on the output with equal numerics and encoding."""
     words = ["python", "train/dpo.py", "--model_name_or_path", options.model_name_or_path, "--data_path", options.output_dir]
     words += ["--output_dir", "RUN", "--dtype", dtype, "--lora_enable", str(options.lora_enable)]
+    words += ["--learning_rate", "1e-5" if options.lora_enable else "5e-7"]
     words += policy_options.flags()
     if options.column_map:
         words += ["--column_map", options.column_map]

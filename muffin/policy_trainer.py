@@ -61,11 +61,15 @@ class PolicyArguments(TrainingArguments):
         },
     )
     lora_enable: bool = field(default=False, metadata={"help": "Train a LoRA adapter on the language model instead of all weights."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of metrics, usually 1 to 50."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Also log the first step, whose DPO loss is ln 2."})
 
     def __post_init__(self) -> None:
         for name, (allowed, reason) in self.UNSUPPORTED.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"--{name} {getattr(self, name)} cannot be used, want {' or '.join(map(str, allowed))}: {reason}")
+        if self.output_dir in (None, "", "trainer_output"):  # transformers' default, which nobody means
+            raise ValueError("--output_dir is missing; name a folder for the run")
         if not torch.accelerator.is_available():
             self.use_cpu = True  # without it transformers refuses bfloat16 on a machine that has nothing but a CPU
         if self.use_cpu and self.fsdp:
@@ -272,7 +276,8 @@ class PolicyTrainer(transformers.Trainer, ABC):
     def _stop(self, metric: str, value: float, where: str = "") -> None:
         raise FloatingPointError(
             f"{metric} is {value} at step {self.state.global_step + 1}{where}; the run stops before anything more is saved. "
-            f"The last checkpoint in {self.args.output_dir} is intact; continue from it with a lower --learning_rate or --max_grad_norm"
+            f"The last checkpoint in {self.args.output_dir} is intact: continue from it with a lower --max_grad_norm, "
+            "or begin anew with a lower --learning_rate (a resumed run keeps its schedule)"
         )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:

@@ -163,6 +163,7 @@ def test_logged_metrics_are_means_over_everything_since_the_last_log(model, adap
         per_device_train_batch_size=1,
         gradient_accumulation_steps=3,
         logging_steps=2,
+        logging_first_step=False,
     )
     trainer = trainer_of(model, args, adapter, dataset, reference)
     trainer.train()

@@ -114,7 +114,7 @@ def load_policy(checkpoint: Checkpoint, adapter: PolicyAdapter, *, dtype: torch.
             f"{checkpoint.lora} is a LoRA adapter and cannot be merged into quantised weights; "
             "merge it with train/dpo.py --merge_lora first"
         )
-    return PeftModel.from_pretrained(model, checkpoint.lora).merge_and_unload(safe_merge=True)
+    return PeftModel.from_pretrained(model, checkpoint.lora).merge_and_unload(safe_merge=True).requires_grad_(True)  # peft froze it
 
 
 def save_adapter(adapter: PolicyAdapter, folder: Path) -> None:

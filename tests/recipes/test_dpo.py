@@ -53,6 +53,7 @@ def mean_chosen_logp(checkpoint: Path, data: Path) -> float:
     found = resolve_checkpoint(checkpoint)
     adapter = load_adapter(found, PolicyOptions())
     policy = load_policy(found, adapter, dtype=torch.float32).eval()
+    assert all(parameter.requires_grad for parameter in policy.parameters())  # a merged adapter can be trained on, too
     dataset = load_preferences(data)
     with torch.no_grad():
         return sum(float(plain_token_logps(policy, adapter, dataset[position])[0].sum()) for position in range(ROWS)) / ROWS

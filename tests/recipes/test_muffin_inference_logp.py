@@ -81,6 +81,7 @@ def test_scored_files_are_ready_for_training(score, tmp_path, tiny_llava_path, t
         "--output_dir": "RUN",
         "--dtype": "float32",
         "--lora_enable": "False",
+        "--learning_rate": "5e-7",
         "--model_max_length": "2048",
     }
 
