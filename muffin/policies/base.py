@@ -6,6 +6,7 @@ Everything that differs between families lives in one adapter file; nothing else
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -241,7 +242,7 @@ def refuse_incomplete(path: Path, model: nn.Module, info: dict[str, Any]) -> Non
         )
 
 
-class ChatPolicy:
+class ChatPolicy(ABC):
     """Base of families whose prompt is control tokens around an image and a question, and ends where the answer begins.
 
     Prompt and responses are tokenised apart: an answer that begins with a line break must not merge with the prompt's last one, since a
@@ -261,9 +262,9 @@ class ChatPolicy:
         self._terminator = terminator
         self._control_texts = tuple(sorted({*control_texts(tokenizer), terminator, image_token}))
 
+    @abstractmethod
     def _see(self, image: Image.Image) -> tuple[dict[str, Tensor], str]:
         """The image's tensors, and the text that stands for it in the prompt (one image token per feature)."""
-        raise NotImplementedError
 
     def _question(self, question: str) -> str:
         """The question as the family's chat template writes it."""
