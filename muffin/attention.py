@@ -89,8 +89,9 @@ def packed_attention(model: nn.Module) -> Iterator[_Calls]:
         _calls.reset(token)
 
 
-def inside_packed_attention() -> bool:
-    return _calls.get() is not None
+def inside_packed_attention(model: nn.Module) -> bool:
+    """Whether the decoder of `model` runs packed attention now; another model's context does not count."""
+    return decoder_config(model)._attn_implementation == PACKED_ATTENTION
 
 
 def shared_prefix_attention(

@@ -89,7 +89,7 @@ def response_logps(model: nn.Module, batch: PackedBatch) -> ResponseLogps:
     if batch.layout is None:
         logits = model(**inputs).logits
     else:
-        if torch.is_grad_enabled() and not inside_packed_attention() and _checkpoints_gradients(model):
+        if torch.is_grad_enabled() and not inside_packed_attention(model) and _checkpoints_gradients(model):
             raise ValueError(
                 "gradient checkpointing recomputes attention; run response_logps and backward in `with packed_attention(model):`"
             )

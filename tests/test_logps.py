@@ -177,6 +177,8 @@ def test_gradient_checkpointing_outside_the_context_is_refused():
     model.activation_checkpointing_enable({"use_reentrant": False})
     with pytest.raises(ValueError, match="with packed_attention"):
         response_logps(model, pack(CASES["one response"], SHARING))
+    with packed_attention(decoder(seed=1)), pytest.raises(ValueError, match="with packed_attention"):  # another model's does not help
+        response_logps(model, pack(CASES["one response"], SHARING))
     with torch.no_grad():  # nothing is recomputed without a backward
         response_logps(model, pack(CASES["one response"], SHARING))
 
