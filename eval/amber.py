@@ -10,7 +10,6 @@ enough, and the result says how many of each type were answered.
 The result names the rules it was made with. Published numbers need `--extractor nltk --similarity spacy --answer_rule exact`.
 """
 
-import json
 import logging
 from collections import Counter
 from dataclasses import dataclass, field
@@ -20,7 +19,6 @@ from typing import Any, Literal
 from transformers import HfArgumentParser
 
 from muffin.amber import (
-    DIMENSIONS,
     SPACY_MODEL,
     Alike,
     Annotation,
@@ -37,8 +35,8 @@ from muffin.amber import (
 )
 from muffin.answers import IMAGE_NAMES, Row, answer_text, first_of, read_rows, refuse_repeated, row_ids
 from muffin.hallucination import format_table
+from muffin.image_counts import result_of, write_result
 from muffin.lemmas import Lemmatizer, MissingResource, wordnet_nouns
-from muffin.provenance import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -85,23 +83,22 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     similarity, alike = choose_similarity(options.similarity)
 
     rule = RULES[options.answer_rule]
-    amber = count_answers(answers, nouns, lexicon, alike, rule)
-    estimates = score_answers(amber, images)
+    counts = count_answers(answers, images, nouns, lexicon, alike, rule)
+    estimates = score_answers(counts)
     wanted, given = Counter(each.type for each in annotations.values()), Counter(each.type for each in asked)
     answered = {kind: f"{given[kind]} of {wanted[kind]}" for kind in sorted(wanted)}
     neither = sum(annotation.type != "generative" and rule(answer) not in ("Yes", "No") for annotation, answer in answers)
     rules = {"extractor": extractor, "similarity": similarity, "answer_rule": options.answer_rule}
-    result = nested({name: each.value for name, each in estimates.items()}) | {
-        **rules,
+    result = {
+        "benchmark": "amber",
+        "rules": rules,
         "as_published": rules == {"extractor": "nltk", "similarity": f"spacy {SPACY_MODEL}", "answer_rule": "exact"},
         "answered": answered,
         "neither_yes_nor_no": neither,
-        "intervals_over": f"{len(set(images))} images",
-        "intervals": {name: [each.low, each.high] for name, each in estimates.items()},
-    }
+    } | result_of(estimates, counts)
     print(format_table(f"AMBER: {len(answers)} answers; {', '.join(f'{key} {value}' for key, value in rules.items())}", estimates, 1))
     print("answered: " + ", ".join(f"{kind} {count}" for kind, count in answered.items()) + f"; neither yes nor no: {neither}")
-    write_atomically(Path(options.output), (json.dumps(result, indent=1) + "\n").encode())
+    write_result(Path(options.output), result)
     return result
 
 
@@ -152,20 +149,6 @@ def choose_similarity(name: str) -> tuple[str, Alike]:
                 raise
             logger.warning("words must be equal to match, as published they may be alike: %s", error)
     return "exact", same_word
-
-
-def nested(values: dict[str, float]) -> dict[str, Any]:
-    """The flat names of `score_answers` by task: generative {CHAIR, ...}, discriminative {all {accuracy, ...}, ...}, score."""
-    result: dict[str, Any] = {}
-    for name, value in values.items():
-        part, _, metric = name.partition(" ")
-        if part in ("all", *DIMENSIONS):
-            result.setdefault("discriminative", {}).setdefault(part, {})[metric] = value
-        elif name == "score":
-            result[name] = value
-        else:
-            result.setdefault("generative", {})[name] = value
-    return result
 
 
 if __name__ == "__main__":

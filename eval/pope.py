@@ -8,18 +8,16 @@ are matched by question_id, without ids by order. Random, popular and adversaria
 in a column `category` or `kind` is scored in whole and by split.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import HfArgumentParser
 
 from muffin.answers import answer_text, match_answers, read_rows
-from muffin.hallucination import Estimate, estimate, format_table
-from muffin.pope import count_outcomes, is_unclear, parse_question, pope_ratios, says_yes
-from muffin.provenance import write_atomically
+from muffin.hallucination import Estimate, format_table
+from muffin.image_counts import estimate_counts, result_of, write_result
+from muffin.pope import COUNTS, OUTCOMES, PopeQuestion, count_answers, parse_question, pope_scores
 
 
 @dataclass
@@ -39,29 +37,26 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     questions = [parse_question(row, number) for number, row in enumerate(rows)]
     texts = [answer_text(row, f"--answers, row {number}") for number, row in enumerate(answers)]
 
-    outcomes = count_outcomes([says_yes(text) for text in texts], [question.is_yes for question in questions])
-    images = [question.image for question in questions]
-    result, estimates = score(outcomes, images)
-    result |= {"unclear": sum(map(is_unclear, texts)), "intervals_over": f"{len(set(images))} images"}
-    print(format_table(f"POPE: {len(texts)} questions on {len(set(images))} images, {result['unclear']} unclear answers", estimates, 4))
+    result, estimates = score(texts, questions)
+    print(format_table(f"POPE: {len(texts)} questions, {result['unclear']} unclear answers", estimates, 4))
     kinds = sorted({str(question.kind) for question in questions})
     if len(kinds) > 1:
         result["kinds"] = {}
         for kind in kinds:
             chosen = [number for number, question in enumerate(questions) if str(question.kind) == kind]
-            result["kinds"][kind], estimates = score(outcomes[chosen], [images[number] for number in chosen])
+            result["kinds"][kind], estimates = score([texts[number] for number in chosen], [questions[number] for number in chosen])
             print(format_table(f"{kind}: {len(chosen)} questions", estimates, 4))
-    write_atomically(Path(options.output), (json.dumps(result, indent=1) + "\n").encode())
+    write_result(Path(options.output), result)
     return result
 
 
-def score(outcomes: np.ndarray, images: list[str]) -> tuple[dict[str, Any], dict[str, Estimate]]:
+def score(texts: list[str], questions: list[PopeQuestion]) -> tuple[dict[str, Any], dict[str, Estimate]]:
     """The result as JSON, and its table."""
-    estimates = estimate(pope_ratios(outcomes), images)
-    counts = dict(zip(("tp", "fp", "tn", "fn"), map(int, outcomes.sum(axis=0)), strict=True))
-    values = {name: each.value for name, each in estimates.items()}
-    intervals = {name: [each.low, each.high] for name, each in estimates.items()}
-    return counts | values | {"questions": len(outcomes), "intervals": intervals}, estimates
+    counts = count_answers(texts, questions)
+    estimates = estimate_counts(counts, pope_scores)
+    sums = dict(zip(COUNTS, map(int, counts.sums), strict=True))
+    outcomes = {name: sums[name] for name in (*OUTCOMES, "unclear")}
+    return {"benchmark": "pope"} | outcomes | {"questions": len(texts)} | result_of(estimates, counts), estimates
 
 
 if __name__ == "__main__":

@@ -8,13 +8,14 @@ spaCy's en_core_web_lg vectors (`wordnet_nouns`, `spacy_similarity`).
 
 import functools
 import json
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from muffin.hallucination import Estimate, divide, percentile_interval, resample_sums, sum_per_image
+from muffin.hallucination import Estimate, divide
+from muffin.image_counts import ImageCounts, estimate_counts
 from muffin.lemmas import Lemmatizer, MissingResource, simple_lemmas
 
 START = 0.001  # of every denominator
@@ -32,10 +33,14 @@ DIMENSIONS: dict[str, tuple[tuple[str, ...], float]] = {
     "action": (("discriminative-attribute-action",), 0.0001),
     "relation": (("discriminative-relation", "relation"), 0.0001),
 }
-TYPES = ("generative", *dict.fromkeys(kind for kinds, _ in DIMENSIONS.values() for kind in kinds))
+QUESTION_TYPES = tuple(dict.fromkeys(kind for kinds, _ in DIMENSIONS.values() for kind in kinds))
+TYPES = ("generative", *QUESTION_TYPES)
 
 GENERATIVE_COUNTS = ("hallucinated", "nouns", "covered", "truths", "cognitive", "traps", "clean", "descriptions")
 QUESTION_COUNTS = ("correct", "questions", "found_no", "true_no", "right_no", "said_no")
+# Of all answers: those of descriptions, those of every type of question, and words of descriptions.
+COUNTS = (*GENERATIVE_COUNTS, *(f"{kind} {name}" for kind in QUESTION_TYPES for name in QUESTION_COUNTS), "words")
+PARTS = {"generative": slice(0, 8)} | {kind: slice(8 + 6 * number, 14 + 6 * number) for number, kind in enumerate(QUESTION_TYPES)}
 
 
 @dataclass(frozen=True)
@@ -207,57 +212,58 @@ def _questions(sums: np.ndarray, pooled: int, constant: float) -> dict[str, np.n
 # --- the whole
 
 
-@dataclass(frozen=True)
-class Amber:
-    """Counts of N answers. generative: (N, 8), zeros for questions; questions: type -> (N, 6), zeros for all other answers."""
-
-    generative: np.ndarray
-    questions: Mapping[str, np.ndarray]
-
-    def dimensions(self) -> dict[str, tuple[np.ndarray, int, float]]:
-        """Yes/no part -> counts (N, 6), types pooled, constant of F1; those with answers only, "all" first."""
-        parts = {"all": (sum(self.questions.values()), 1, 0.0001)}
-        for name, (kinds, constant) in DIMENSIONS.items():
-            # relation has one counter for its two types
-            parts[name] = (sum(self.questions[kind] for kind in kinds), 1 if name == "relation" else len(kinds), constant)
-        return {name: part for name, part in parts.items() if part[0].any()}
-
-
 def count_answers(
-    answers: Sequence[tuple[Annotation, str]], nouns: Lemmatizer, lexicon: Lexicon, alike: Alike, rule: Callable[[str], str]
-) -> Amber:
-    """Counts of (annotation, answer) pairs; `rule` reads the answers to yes/no questions."""
-    generative = np.zeros((len(answers), len(GENERATIVE_COUNTS)))
-    questions = {kind: np.zeros((len(answers), len(QUESTION_COUNTS))) for kind in TYPES if kind != "generative"}
+    answers: Sequence[tuple[Annotation, str]],
+    images: Sequence[str],
+    nouns: Lemmatizer,
+    lexicon: Lexicon,
+    alike: Alike,
+    rule: Callable[[str], str],
+) -> ImageCounts:
+    """COUNTS of (annotation, answer) pairs; images: what each is about; `rule` reads the answers to yes/no questions."""
+    counts = np.zeros((len(answers), len(COUNTS)))
     for number, (annotation, answer) in enumerate(answers):
         if annotation.type == "generative":
-            generative[number] = description_counts(nouns(answer), annotation, lexicon, alike)
+            counts[number, PARTS["generative"]] = description_counts(nouns(answer), annotation, lexicon, alike)
+            counts[number, -1] = len(answer.split())
         else:
-            questions[annotation.type][number] = question_counts(rule(answer), annotation)
-    return Amber(generative, questions)
+            counts[number, PARTS[annotation.type]] = question_counts(rule(answer), annotation)
+    return ImageCounts.of_answers(COUNTS, counts, images)
 
 
-def score_answers(amber: Amber, images: Sequence[Hashable]) -> dict[str, Estimate]:
+def amber_scores(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """All numbers, not rounded, of sums (..., 45) of COUNTS; names as in `score_answers`."""
+    values = _generative(sums[..., PARTS["generative"]])
+    values["words"] = divide(sums[..., -1], sums[..., COUNTS.index("descriptions")])
+    for part in ("all", *DIMENSIONS):
+        values |= {f"{part} {metric}": value for metric, value in _questions(*_pooled(sums, part)).items()}
+    return values | {"score": (100 - values["CHAIR"] + values["all F1"]) / 2}
+
+
+def score_answers(counts: ImageCounts) -> dict[str, Estimate]:
     """The published numbers by name: CHAIR, Cover, Hal, Cog; "all accuracy", "existence F1", ...; score = (100 - CHAIR + all F1) / 2.
 
-    Parts without answers are left out, and the score with them. images: (N,) what each answer is about. Values are rounded as published,
-    intervals (bootstrap over images) are not.
+    words: per description. Parts without answers are left out, and the score with them. Values are rounded as published, intervals are not.
     """
-    parts = amber.dimensions()
+    sums = counts.sums
     published: dict[str, float] = {}
-    if amber.generative.any():
-        published |= published_generative(amber.generative.sum(axis=0))
-    for name, (counts, pooled, constant) in parts.items():
-        part = published_questions(counts.sum(axis=0), pooled, constant)
-        published |= {f"{name} {metric}": value for metric, value in part.items()}
-
-    counts = np.concatenate([amber.generative, *(part for part, _, _ in parts.values())], axis=1)
-    widths = [len(GENERATIVE_COUNTS), *(len(QUESTION_COUNTS) for _ in parts)]
-    generative, *questions = np.split(resample_sums(sum_per_image(counts, images)), np.cumsum(widths)[:-1], axis=1)
-    resampled = _generative(generative)
-    for sums, (name, (_, pooled, constant)) in zip(questions, parts.items(), strict=True):
-        resampled |= {f"{name} {metric}": values for metric, values in _questions(sums, pooled, constant).items()}
-    if "CHAIR" in published and parts:
+    if sums[PARTS["generative"]].any():
+        published |= published_generative(sums[PARTS["generative"]])
+        published["words"] = float(amber_scores(sums)["words"])
+    for part in ("all", *DIMENSIONS):
+        questions, pooled, constant = _pooled(sums, part)
+        if questions.any():
+            published |= {f"{part} {metric}": value for metric, value in published_questions(questions, pooled, constant).items()}
+    if "CHAIR" in published and "all F1" in published:
         published["score"] = round((100 - published["CHAIR"] + published["all F1"]) / 2, 2)
-        resampled["score"] = (100 - resampled["CHAIR"] + resampled["all F1"]) / 2
-    return {name: Estimate(value, *percentile_interval(resampled[name])) for name, value in published.items()}
+    estimates = estimate_counts(counts, amber_scores)
+    return {name: Estimate(value, estimates[name].low, estimates[name].high) for name, value in published.items()}
+
+
+def _pooled(sums: np.ndarray, part: str) -> tuple[np.ndarray, int, float]:
+    """Of a yes/no part: sums (..., 6) of QUESTION_COUNTS, number of types that bring a constant each, constant of F1."""
+    if part == "all":
+        return np.sum([sums[..., PARTS[kind]] for kind in QUESTION_TYPES], axis=0), 1, 0.0001
+    kinds, constant = DIMENSIONS[part]
+    pooled = 1 if part == "relation" else len(kinds)  # relation has one counter for its two types
+    return np.sum([sums[..., PARTS[kind]] for kind in kinds], axis=0), pooled, constant

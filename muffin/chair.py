@@ -18,18 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from muffin.hallucination import (
-    Estimate,
-    Ratio,
-    chair_ratios,
-    divide,
-    estimate,
-    mean_words,
-    percentile_interval,
-    resample_sums,
-    sum_per_image,
-)
+from muffin.hallucination import chair_ratios, divide
+from muffin.image_counts import ImageCounts
 from muffin.lemmas import Lemmatizer, pattern_singulars, simple_lemmas, wordnet_noun_lemmas, wordnet_pos_lemmas
+
+COUNTS = ("captions", "with hallucination", "with objects", "hallucinated", "mentions", "covered", "present", "words")
 
 # Words before an animal or a vehicle that would otherwise count as a person, and pairs that are no COCO object.
 _ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
@@ -138,27 +131,30 @@ def caption_values(objects: Sequence[Hashable], truth: Collection[Hashable]) -> 
     }
 
 
-def score_captions(
-    objects: Sequence[Sequence[Hashable]], truth: Sequence[Collection[Hashable]], captions: Sequence[str], images: Sequence[Hashable]
-) -> dict[str, Estimate]:
-    """CHAIR of N captions, in percent, with intervals over images.
+def count_captions(
+    objects: Sequence[Sequence[Hashable]], truth: Sequence[Collection[Hashable]], captions: Sequence[str], images: Sequence[str]
+) -> ImageCounts:
+    """COUNTS of N captions."""
+    ratios = chair_ratios(objects, truth)
+    wrong, mentions = ratios["chair_i"].numerators, ratios["chair_i"].denominators
+    words = [len(caption.split()) for caption in captions]
+    columns = [np.ones(len(captions)), wrong > 0, mentions > 0, wrong, mentions, ratios["recall"].numerators, ratios["recall"].denominators]
+    return ImageCounts.of_answers(COUNTS, np.stack([*columns, words], axis=1).astype(float), images)
+
+
+def chair_scores(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """CHAIR, in percent, of sums (..., 8) of COUNTS.
 
     chair_s, chair_i, recall: see `chair_ratios`. chair_s_refined: of the captions that name an object, those with a hallucinated one,
     RLAIF-V's response-level number. f1: 2 R C / (R + C) of recall R and C = 1 - chair_i, RLAIF-V's object F1. words: per caption.
     """
-    ratios = chair_ratios(objects, truth)
-    wrong, mentions = ratios["chair_i"].numerators, ratios["chair_i"].denominators
-    ratios["chair_s_refined"] = Ratio((wrong > 0).astype(float), (mentions > 0).astype(float))
-    estimates = estimate(ratios, images)
-
-    counts = np.stack([wrong, mentions, ratios["recall"].numerators, ratios["recall"].denominators], axis=1)
-    f1 = percentile_interval(object_f1(resample_sums(sum_per_image(counts, images))))
-    estimates["f1"] = Estimate(float(object_f1(counts.sum(axis=0))), *f1)
-    return estimates | estimate({"words": mean_words(captions)}, images)
-
-
-def object_f1(sums: np.ndarray) -> np.ndarray:
-    """(..., 4) sums of hallucinated mentions, mentions, covered objects, present objects -> (...) object F1 in percent."""
-    wrong, mentions, covered, present = np.moveaxis(np.asarray(sums), -1, 0)
+    captions, bad, naming, wrong, mentions, covered, present, words = np.moveaxis(np.asarray(sums), -1, 0)
     correct, recall = divide(mentions - wrong, mentions), divide(covered, present)
-    return 100 * divide(2 * recall * correct, recall + correct)
+    return {
+        "chair_s": 100 * divide(bad, captions),
+        "chair_i": 100 * divide(wrong, mentions),
+        "recall": 100 * recall,
+        "chair_s_refined": 100 * divide(bad, naming),
+        "f1": 100 * divide(2 * recall * correct, recall + correct),
+        "words": divide(words, captions),
+    }

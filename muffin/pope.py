@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 
 from muffin.answers import IMAGE_NAMES, first_of
-from muffin.hallucination import Ratio
+from muffin.hallucination import divide
+from muffin.image_counts import ImageCounts
 
 NO_WORDS = {"No", "no", "not"}
+OUTCOMES = ("tp", "fp", "tn", "fn")
+COUNTS = (*OUTCOMES, "unclear", "words")
 LABEL_NAMES = ("label", "answer", "chosen")
 
 
@@ -51,19 +54,31 @@ def _first_sentence(answer: str) -> str:
 
 
 def count_outcomes(said_yes: Sequence[bool], is_yes: Sequence[bool]) -> np.ndarray:
-    """(N, 4) ones and zeros: tp, fp, tn, fn of each question; a row has one 1."""
+    """(N, 4) ones and zeros: OUTCOMES of each question; a row has one 1."""
     said, truth = np.array(said_yes, dtype=bool), np.array(is_yes, dtype=bool)
     return np.stack([said & truth, said & ~truth, ~said & ~truth, ~said & truth], axis=1).astype(float)
 
 
-def pope_ratios(outcomes: np.ndarray) -> dict[str, Ratio]:
-    """accuracy, precision, recall, f1, yes_ratio, as fractions, of `count_outcomes`; 0 where a denominator is 0."""
-    tp, fp, tn, fn = outcomes.T
-    total = outcomes.sum(axis=1)
+def count_answers(answers: Sequence[str], questions: Sequence[PopeQuestion]) -> ImageCounts:
+    """COUNTS of the answers to N questions."""
+    outcomes = count_outcomes([says_yes(answer) for answer in answers], [question.is_yes for question in questions])
+    rest = [(is_unclear(answer), len(answer.split())) for answer in answers]
+    return ImageCounts.of_answers(COUNTS, np.hstack([outcomes, np.array(rest, dtype=float)]), [question.image for question in questions])
+
+
+def pope_scores(sums: np.ndarray) -> dict[str, np.ndarray]:
+    """Of sums (..., 6) of COUNTS: accuracy, precision, recall, f1, yes_ratio as fractions, words per answer; 0 where a denominator is 0.
+
+    false_yes: share of the absent objects that are said to be there, which is what hallucination is here.
+    """
+    tp, fp, tn, fn, _, words = np.moveaxis(sums, -1, 0)
+    total = tp + fp + tn + fn
     return {
-        "accuracy": Ratio(tp + tn, total, scale=1.0),
-        "precision": Ratio(tp, tp + fp, scale=1.0),
-        "recall": Ratio(tp, tp + fn, scale=1.0),
-        "f1": Ratio(2 * tp, 2 * tp + fp + fn, scale=1.0),  # 2 P R / (P + R) in one ratio
-        "yes_ratio": Ratio(tp + fp, total, scale=1.0),
+        "accuracy": divide(tp + tn, total),
+        "precision": divide(tp, tp + fp),
+        "recall": divide(tp, tp + fn),
+        "f1": divide(2 * tp, 2 * tp + fp + fn),  # 2 P R / (P + R)
+        "yes_ratio": divide(tp + fp, total),
+        "false_yes": divide(fp, fp + tn),
+        "words": divide(words, total),
     }

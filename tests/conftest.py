@@ -107,3 +107,25 @@ def tiny_llava_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_rows_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Parquet file of 24 RLAIF-V-style rows on 8 small images (tests.tiny.write_parquet). Shared by all tests: read only."""
     return tiny.write_parquet(tmp_path_factory.mktemp("tiny_rows") / "rows.parquet", 24)
+
+
+@pytest.fixture
+def small_nltk(monkeypatch):
+    """nltk's interface over a few words, its data being downloads."""
+    nltk = ModuleType("nltk")
+    nltk.word_tokenize = lambda text: text.replace(".", " .").split()
+    tags = {"Two": "CD", "two": "CD", "men": "NNS", "seated": "VBN", "benches": "NNS", ".": "."}
+    nltk.pos_tag = lambda words: [(word, tags.get(word, "NN")) for word in words]
+    forms = {("men", "n"): "man", ("seated", "v"): "seat", ("benches", "n"): "bench"}
+
+    class Lemmatizer:
+        def lemmatize(self, word, pos="n"):
+            return forms.get((word, pos), word)
+
+    nltk.stem = ModuleType("nltk.stem")
+    nltk.stem.WordNetLemmatizer = Lemmatizer
+    monkeypatch.setitem(sys.modules, "nltk", nltk)
+    english = ModuleType("pattern.en")
+    english.singularize = lambda word: {"benches": "bench", "men": "man"}.get(word, word)
+    monkeypatch.setitem(sys.modules, "pattern", ModuleType("pattern"))
+    monkeypatch.setitem(sys.modules, "pattern.en", english)

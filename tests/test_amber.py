@@ -9,7 +9,6 @@ import pytest
 
 from muffin.amber import (
     TYPES,
-    Amber,
     Annotation,
     Lexicon,
     count_answers,
@@ -132,6 +131,10 @@ def test_published_numbers_of_questions():
     assert published_questions(np.array([1, 1, 0, 0, 0, 0.0]), 1, 0.0001) == {"accuracy": 99.9, "precision": 0.0, "recall": 0.0, "F1": 0.0}
 
 
+def count(answers, images):
+    return count_answers(answers, images, vocabulary_nouns(LEXICON), LEXICON, same_word, exact_answer)
+
+
 def test_answers_of_all_kinds():
     answers = [
         (Annotation(1, "generative", ("sky", "road"), ("cloud",)), "A puppy on the street."),  # dog's puppy is invented, road covered
@@ -141,8 +144,7 @@ def test_answers_of_all_kinds():
         (Annotation(5, "relation", "no", ()), "No"),
         (Annotation(6, "discriminative-relation", "yes", ()), "No"),
     ]
-    amber = count_answers(answers, vocabulary_nouns(LEXICON), LEXICON, same_word, exact_answer)
-    scores = score_answers(amber, [1, 1, 2, 2, 3, 3])
+    scores = score_answers(count(answers, ["1", "1", "2", "2", "3", "3"]))
     values = {name: each.value for name, each in scores.items()}
     # 1 of 2 nouns: 100 / 2.001 = 49.975; 1 of 2 truths; not clean: 100 - 0; no trap met
     assert {name: values[name] for name in ("CHAIR", "Cover", "Hal", "Cog")} == {"CHAIR": 50.0, "Cover": 50.0, "Hal": 100.0, "Cog": 0.0}
@@ -155,17 +157,16 @@ def test_answers_of_all_kinds():
     assert "action F1" not in values
     assert values["score"] == (100 - 50.0 + 66.6) / 2
     assert all(each.low <= each.high for each in scores.values())
-    one_image = score_answers(amber, [1] * 6)
+    assert values["words"] == 5
+    one_image = score_answers(count(answers, ["1"] * 6))
     assert one_image["all F1"].low == pytest.approx(one_image["all F1"].high) == pytest.approx(66.64, abs=0.02)  # not rounded
 
 
 def test_parts_without_answers_are_left_out():
-    amber = count_answers([(question("yes"), "Yes")], vocabulary_nouns(LEXICON), LEXICON, same_word, exact_answer)
-    assert set(score_answers(amber, [1])) == {
+    assert set(score_answers(count([(question("yes"), "Yes")], ["1"]))) == {
         f"{part} {metric}" for part in ("all", "attribute", "state") for metric in ("accuracy", "precision", "recall", "F1")
     }
-    empty = {kind: np.zeros((1, 6)) for kind in TYPES if kind != "generative"}
-    assert set(score_answers(Amber(np.ones((1, 8)), empty), [1])) == {"CHAIR", "Cover", "Hal", "Cog"}
+    assert set(score_answers(count([(description("sky"), "Sky.")], ["1"]))) == {"CHAIR", "Cover", "Hal", "Cog", "words"}
 
 
 def test_answer_rules():
@@ -237,8 +238,8 @@ def test_every_annotation_is_readable(samples):
     assert len(lexicon.safe) == 9 and "light" in lexicon.safe
     # The truth itself as the answer: every description names its objects once, every question is answered rightly.
     answers = [(each, " ".join(each.truth) if each.type == "generative" else each.truth.capitalize()) for each in annotations.values()]
-    amber = count_answers(answers, str.split, lexicon, same_word, exact_answer)
-    values = {name: each.value for name, each in score_answers(amber, list(annotations)).items()}
+    counts = count_answers(answers, list(map(str, annotations)), str.split, lexicon, same_word, exact_answer)
+    values = {name: each.value for name, each in score_answers(counts).items()}
     assert (values["CHAIR"], values["Hal"]) == (0.0, 0.0)
     assert values["all accuracy"] == values["existence recall"] == values["all F1"] == 100.0
     assert values["score"] == 100.0

@@ -58,6 +58,7 @@ IMPORT_ORDER = (
     "feedback",
     "pair_selection",
     "hallucination",
+    "image_counts",
     "answers",
     "lemmas",
     "pope",

@@ -1,7 +1,6 @@
 """Reducing words without data, and what is said when data are missing."""
 
 import sys
-from types import ModuleType
 
 import pytest
 
@@ -59,28 +58,6 @@ def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pattern.en", None)
     with pytest.raises(MissingResource, match="pip install pattern"):
         lemmas.pattern_singulars()
-
-
-@pytest.fixture
-def small_nltk(monkeypatch):
-    """nltk's interface over a few words, its data being downloads."""
-    nltk = ModuleType("nltk")
-    nltk.word_tokenize = lambda text: text.replace(".", " .").split()
-    tags = {"Two": "CD", "two": "CD", "men": "NNS", "seated": "VBN", "benches": "NNS", ".": "."}
-    nltk.pos_tag = lambda words: [(word, tags.get(word, "NN")) for word in words]
-    forms = {("men", "n"): "man", ("seated", "v"): "seat", ("benches", "n"): "bench"}
-
-    class Lemmatizer:
-        def lemmatize(self, word, pos="n"):
-            return forms.get((word, pos), word)
-
-    nltk.stem = ModuleType("nltk.stem")
-    nltk.stem.WordNetLemmatizer = Lemmatizer
-    monkeypatch.setitem(sys.modules, "nltk", nltk)
-    english = ModuleType("pattern.en")
-    english.singularize = lambda word: {"benches": "bench", "men": "man"}.get(word, word)
-    monkeypatch.setitem(sys.modules, "pattern", ModuleType("pattern"))
-    monkeypatch.setitem(sys.modules, "pattern.en", english)
 
 
 def test_variants_differ_as_published(small_nltk):

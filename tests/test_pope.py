@@ -3,8 +3,8 @@
 import pytest
 
 from muffin.answers import answer_text, match_answers, read_rows
-from muffin.hallucination import estimate
-from muffin.pope import PopeQuestion, count_outcomes, is_unclear, parse_question, pope_ratios, says_yes
+from muffin.image_counts import estimate_counts
+from muffin.pope import PopeQuestion, count_answers, count_outcomes, is_unclear, parse_question, pope_scores, says_yes
 
 
 @pytest.mark.parametrize(
@@ -37,16 +37,25 @@ def test_outcomes_and_ratios_by_hand():
     outcomes = count_outcomes(said, true)
     assert outcomes.sum(axis=0).tolist() == [3, 1, 3, 1]  # tp, fp, tn, fn
     assert outcomes[2].tolist() == [0, 1, 0, 0] and outcomes[6].tolist() == [0, 0, 0, 1]
-    ratios = {name: ratio.value for name, ratio in pope_ratios(outcomes).items()}
-    assert ratios == pytest.approx(
-        {"accuracy": 6 / 8, "precision": 3 / 4, "recall": 3 / 4, "f1": 2 * 0.75 * 0.75 / 1.5, "yes_ratio": 4 / 8}
-    )
+
+
+def test_scores_by_hand():
+    answers = ["Yes", "yes, a red one", "Yes", "No", "No", "It is not", "No", "Maybe"]  # 13 words, the last is junk
+    true = [True, True, False, False, False, False, True, True]
+    images = ["a", "a", "a", "a", "b", "b", "b", "b"]
+    counts = count_answers(answers, [PopeQuestion(image, truth, None) for image, truth in zip(images, true, strict=True)])
+    assert counts.images == ("a", "b")
+    assert counts.counts.tolist() == [[2, 1, 1, 0, 0, 7], [1, 0, 2, 1, 1, 6]]  # tp, fp, tn, fn, unclear, words
+    expected = {"accuracy": 6 / 8, "precision": 3 / 4, "recall": 3 / 4, "f1": 2 * 0.75 * 0.75 / 1.5, "yes_ratio": 4 / 8}
+    assert pope_scores(counts.sums) == pytest.approx(expected | {"false_yes": 1 / 4, "words": 13 / 8})
 
 
 def test_never_saying_yes_divides_by_nothing():
-    ratios = pope_ratios(count_outcomes([False, False], [True, False]))
-    assert {name: ratio.value for name, ratio in ratios.items()} == {"accuracy": 0.5, "precision": 0, "recall": 0, "f1": 0, "yes_ratio": 0}
-    assert ratios["precision"].interval() == (0, 0)
+    counts = count_answers(["No", "No"], [PopeQuestion("a", True, None), PopeQuestion("a", False, None)])
+    expected = {"accuracy": 0.5, "precision": 0, "recall": 0, "f1": 0, "yes_ratio": 0, "false_yes": 0, "words": 1}
+    assert pope_scores(counts.sums) == expected
+    precision = estimate_counts(counts, pope_scores)["precision"]
+    assert (precision.low, precision.high) == (0, 0)
 
 
 def test_rows_of_question_files():
@@ -64,11 +73,11 @@ def test_the_published_numbers_of_llava(samples):
     rows = read_rows(samples / "pope" / "coco_pope_random.json", "--questions")
     answers = match_answers(rows, read_rows(samples / "pope" / "llava15_7b_greedy_random.jsonl", "--answers"))
     questions = [parse_question(row, number) for number, row in enumerate(rows)]
-    outcomes = count_outcomes([says_yes(answer_text(row, "")) for row in answers], [question.is_yes for question in questions])
-    assert outcomes.sum(axis=0).tolist() == [1150, 40, 1460, 350]
-    images = [question.image for question in questions]
-    assert len(images) == 3000 and len(set(images)) == 500
-    estimates = estimate(pope_ratios(outcomes), images)
+    counts = count_answers([answer_text(row, "") for row in answers], questions)
+    assert counts.sums.tolist() == [1150, 40, 1460, 350, 0, 3000]
+    assert len(questions) == 3000 and len(counts.images) == 500
+    estimates = estimate_counts(counts, pope_scores)
     rounded = {name: round(each.value, 4) for name, each in estimates.items()}
-    assert rounded == {"accuracy": 0.87, "precision": 0.9664, "recall": 0.7667, "f1": 0.855, "yes_ratio": 0.3967}
-    assert all(each.low < each.value < each.high for each in estimates.values())
+    published = {"accuracy": 0.87, "precision": 0.9664, "recall": 0.7667, "f1": 0.855, "yes_ratio": 0.3967}
+    assert rounded == published | {"false_yes": round(40 / 1500, 4), "words": 1}
+    assert all(each.low < each.value < each.high for name, each in estimates.items() if name != "words")
