@@ -7,10 +7,10 @@ labeler.parquet    yes/no questions with hard negatives, on the same pictures: t
 prompts-1.parquet  "Describe the image." on new pictures, for the first iteration: what candidates are generated for (question only)
 heldout.parquet    the same on pictures that occur nowhere else and are equal for every --seed: evaluation (question only)
 policy/            a newborn policy: vision tower taught what stands where, language untrained; what train/sft.py starts from
-pope.parquet       "Is there a red circle in the image?" on the held-out pictures, random and adversarial negatives, balanced
+pope.parquet       "Is there a red circle in the image?" on the held-out pictures, random, popular and adversarial negatives
 
-The columns `scene` (JSON: what stands where) and `kind` (describe, claim, existence, count, how_many, what_is; in pope.parquet random
-and adversarial) come on top of the usual ones; rows about one picture share `image_path`. Train with shuffled rows.
+The columns `scene` (JSON: what stands where) and `kind` (describe, claim, existence, count, how_many, what_is; in pope.parquet random,
+popular and adversarial) come on top of the usual ones; rows about one picture share `image_path`. Train with shuffled rows.
 """
 
 import random
@@ -25,7 +25,17 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from muffin.pairs import decode_image
-from muffin.shapeworld.language import DESCRIBE, Annotator, QuestionAnswer, caption, clean_question, labeler_question, pope_questions
+from muffin.shapeworld.language import (
+    DESCRIBE,
+    Annotator,
+    QuestionAnswer,
+    absent_kinds,
+    caption,
+    clean_question,
+    labeler_question,
+    pope_questions,
+    popular_kinds,
+)
 from muffin.shapeworld.model import build_adapter, build_policy, pretrain_vision, save_policy
 from muffin.shapeworld.scenes import WORLDS, Scene, World, draw, encode_png, sample_scenes
 
@@ -84,9 +94,7 @@ def main(argv: list[str] | None = None) -> None:
 
     heldout = draw_pictures(world, options.heldout_images, 0, "heldout")
     write(folder / "heldout.parquet", "heldout", [(p, QuestionAnswer("describe", DESCRIBE, None)) for p in heldout])
-    rng = random.Random("pope")
-    pope = [(p, replace(q, kind=n)) for n in ("random", "adversarial") for p in heldout for q in pope_questions(p.scene, rng, n)]
-    write(folder / "pope.parquet", "pope", pope)
+    write(folder / "pope.parquet", "pope", list(pope_turns(heldout)))
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,18 @@ def sft_turns(picture: Picture, options: MakeShapeworldOptions, rng: random.Rand
         yield picture, QuestionAnswer("describe", DESCRIBE, caption(picture.scene, rng, Annotator()))
     for _ in range(options.questions_per_image):
         yield picture, clean_question(picture.scene, rng)
+
+
+def pope_turns(pictures: list[Picture]) -> Iterator[Turn]:
+    """Absent kinds are any ("random"), those of the picture's theme ("adversarial"), or the three that most pictures have ("popular")."""
+    rng = random.Random("pope")
+    popular = popular_kinds([picture.scene for picture in pictures])
+    for negatives in ("random", "adversarial", "popular"):
+        for picture in pictures:
+            scene = picture.scene
+            absent = [kind for kind in popular if kind not in scene.kinds][:3] if negatives == "popular" else absent_kinds(scene, negatives)
+            for question in pope_questions(scene, rng, absent):
+                yield picture, replace(question, kind=negatives)
 
 
 def write(path: Path, split: str, turns: list[Turn]) -> None:

@@ -64,6 +64,10 @@ IMPORT_ORDER = (
     "pope",
     "chair",
     "amber",
+    "object_halbench",
+    "mmhal",
+    "refomb",
+    "benchmarks",
     "reward",
     "inspection",
     "shapeworld",  # a package: its modules may import each other

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -30,6 +31,7 @@ from muffin.shapeworld.language import (
     labeler_question,
     objects,
     pope_questions,
+    popular_kinds,
     statement,
     vocabulary,
 )
@@ -365,11 +367,19 @@ def test_adversarial_negatives_come_from_the_theme():
         absent_kinds(scenes[0], "popular")
 
 
+def test_popular_kinds_are_counted_once_per_scene(scenes):
+    first = scenes[0]
+    second = replace(first, objects=(first.objects[0],))
+    twice = first.objects[0].color, first.objects[0].shape
+    others = sorted(set(first.kinds) - {twice})
+    assert popular_kinds([first, second]) == [twice, *others]
+
+
 @pytest.mark.parametrize("negatives", ["random", "adversarial"])
 def test_pope_is_balanced_and_true(world, scenes, negatives):
     rng = random.Random(0)
     for scene in scenes[:300]:
-        turns = pope_questions(scene, rng, negatives)
+        turns = pope_questions(scene, rng, absent_kinds(scene, negatives))
         answers = [turn.answer for turn in turns]
         assert answers.count("Yes.") == answers.count("No.") == min(3, len(scene.objects), len(absent_kinds(scene, negatives)))
         assert len({turn.question for turn in turns}) == len(turns)

@@ -8,6 +8,8 @@ A policy trained on such captions learns to invent; its yes/no answers, trained 
 """
 
 import random
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from muffin.shapeworld.scenes import COLORS, SHAPES, SIZES, WORLDS, Kind, Scene, Thing
@@ -190,9 +192,14 @@ def absent_kinds(scene: Scene, negatives: str) -> list[Kind]:
     return [kind for kind in pools[negatives] if kind not in scene.kinds]
 
 
-def pope_questions(scene: Scene, rng: random.Random, negatives: str, limit: int = 3) -> list[QuestionAnswer]:
-    """POPE's polling: up to `limit` present kinds and equally many absent ones, the latter drawn as `absent_kinds` says."""
-    absent = absent_kinds(scene, negatives)
+def popular_kinds(scenes: Sequence[Scene]) -> list[Kind]:
+    """Kinds by the number of scenes that hold them, most frequent first; equally frequent ones in alphabetical order."""
+    held = Counter(kind for scene in scenes for kind in set(scene.kinds))
+    return sorted(held, key=lambda kind: (-held[kind], kind))
+
+
+def pope_questions(scene: Scene, rng: random.Random, absent: Sequence[Kind], limit: int = 3) -> list[QuestionAnswer]:
+    """POPE's polling: up to `limit` present kinds, and equally many drawn from `absent`, kinds that are not in the scene."""
     number = min(limit, len(scene.kinds), len(absent))
     asked = [(kind, "Yes.") for kind in rng.sample(scene.kinds, number)] + [(kind, "No.") for kind in rng.sample(absent, number)]
     return [QuestionAnswer("existence", existence_question(kind), answer) for kind, answer in asked]

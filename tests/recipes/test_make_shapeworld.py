@@ -98,13 +98,17 @@ def test_pope_is_balanced_per_picture_and_sort(rows):
     asked = Counter((row["kind"], row["image_path"], row["chosen"]) for row in rows["pope"])
     for (kind, path, _), count in asked.items():
         assert count == asked[kind, path, "Yes."] == asked[kind, path, "No."]
-    assert {kind for kind, _, _ in asked} == {"random", "adversarial"}
+    assert {kind for kind, _, _ in asked} == {"random", "popular", "adversarial"}
+    scenes = {row["image_path"]: Scene.from_json(row["scene"]) for row in rows["pope"]}
+    held = Counter(kind for scene in scenes.values() for kind in set(scene.kinds))
     for row in rows["pope"]:
         scene = Scene.from_json(row["scene"])
         kind = tuple(row["question"].split()[3:5])
         assert (kind in scene.kinds) == (row["chosen"] == "Yes.")
         if row["chosen"] == "No." and row["kind"] == "adversarial":
             assert kind in WORLDS["standard"].themes[scene.theme]
+        if row["chosen"] == "No." and row["kind"] == "popular":  # fewer than three absent kinds are in more pictures
+            assert sum(times > held[kind] for other, times in held.items() if other not in scene.kinds) < 3
 
 
 def test_files_repeat_and_only_evaluation_is_shared_between_seeds(make, made):

@@ -1,0 +1,134 @@
+"""Benchmarks of tiny policies in one command, and the comparison of two of them."""
+
+import json
+import shutil
+
+import datasets
+import pytest
+
+from muffin import provenance
+from muffin.shapeworld.model import build_adapter, build_policy, save_policy
+from muffin.shapeworld.scenes import WORLDS
+
+
+@pytest.fixture(autouse=True)
+def caches(monkeypatch, tmp_path):
+    monkeypatch.setattr(provenance, "CACHE_DIR", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow_cache")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, load_recipe):
+    """A small world with two untrained policies in it."""
+    folder = tmp_path_factory.mktemp("world")
+    sizes = ["--train_images", "8", "--heldout_images", "12", "--prompt_images", "2", "--vision_steps", "1"]
+    load_recipe("data/make_shapeworld.py").main(["--output_dir", str(folder), "--world", "small", *sizes])
+    adapter = build_adapter(WORLDS["small"])
+    for seed in (0, 1):
+        save_policy(build_policy(WORLDS["small"], adapter.tokenizer, seed), adapter, folder / f"policy-{seed}")
+    return folder
+
+
+@pytest.fixture
+def recipe(load_recipe, monkeypatch):
+    """The recipe, with the recipes that it starts run in this process; `started` lists them."""
+    module = load_recipe("eval/run_benchmarks.py")
+    module.started = []
+
+    def run_here(*words):
+        module.started.append(words[0])
+        load_recipe(words[0]).main(list(words[1:]))
+
+    monkeypatch.setattr(module, "run_recipe", run_here)
+    return module
+
+
+FAST = ("--dtype", "float32", "--num_workers", "0")
+
+
+def test_benchmarks_of_two_policies_and_their_difference(recipe, world, tmp_path, capsys):
+    summaries = [
+        recipe.main(["--model_name_or_path", str(world / f"policy-{seed}"), "--benchmarks", "shapeworld", "--data_root", str(world)]
+                    + ["--output_dir", str(tmp_path / str(seed)), *FAST])
+        for seed in (0, 1)
+    ]  # fmt: skip
+    assert recipe.started == ["data/generate_responses.py", "eval/pope.py", "data/generate_responses.py", "eval/chair.py"] * 2
+    table = capsys.readouterr().out
+    kinds = ["random", "popular", "adversarial"]
+    assert set(summaries[0]["results"]) == {"shapeworld_pope", *(f"shapeworld_pope {kind}" for kind in kinds), "shapeworld_chair"}
+    stored = json.loads((tmp_path / "0" / "benchmarks.json").read_text())
+    assert stored == summaries[0] and "per_image" not in stored["results"]["shapeworld_pope random"]
+    for title, number in (("shapeworld_pope popular", "accuracy"), ("shapeworld_chair", "recall")):
+        (line,) = [line for line in table.splitlines() if line.startswith(f"| {title} ")][:1]
+        digits = 3 if number == "accuracy" else 1
+        assert f"{number} {summaries[0]['results'][title][number]:.{digits}f} [" in line and "words" in line
+
+    found = recipe.main(["--compare", str(tmp_path / "0"), str(tmp_path / "1"), "--output_dir", str(tmp_path / "both")])
+    assert json.loads((tmp_path / "both" / "comparison.json").read_text()) == found
+    for title, numbers in found["differences"].items():
+        for name, each in numbers.items():
+            first, second = (summary["results"][title][name] for summary in summaries)
+            assert each["first"] == pytest.approx(first) and each["change"]["value"] == pytest.approx(second - first)
+            assert each["change"]["low"] <= each["change"]["value"] <= each["change"]["high"]
+    assert "second - first, 95 % interval, same images" in capsys.readouterr().out
+
+    results = [str(tmp_path / str(seed) / "shapeworld_chair" / "result.json") for seed in (0, 1)]
+    alone = recipe.main(["--compare", *results])
+    assert alone["differences"] == {"result": found["differences"]["shapeworld_chair"]}
+    same = recipe.main(["--compare", results[0], results[0]])
+    assert all(each["change"] == {"value": 0, "low": 0, "high": 0} for each in same["differences"]["result"].values())
+
+
+def test_a_killed_run_goes_on(recipe, world, tmp_path):
+    flags = ["--model_name_or_path", str(world / "policy-0"), "--benchmarks", "shapeworld", "--data_root", str(world)]
+    whole = recipe.main([*flags, "--output_dir", str(tmp_path / "run"), *FAST])
+    answers = tmp_path / "run" / "shapeworld_pope" / "answers"
+    before = {file.name: file.stat().st_mtime_ns for file in answers.glob("shard-*")}
+    shutil.rmtree(tmp_path / "run" / "shapeworld_chair")
+    assert recipe.main([*flags, "--output_dir", str(tmp_path / "run"), *FAST])["results"] == whole["results"]
+    assert {file.name: file.stat().st_mtime_ns for file in answers.glob("shard-*")} == before
+    with pytest.raises(ValueError, match="policy"):  # answers of another policy are not taken for this one's
+        recipe.main([*flags, "--output_dir", str(tmp_path / "run"), *FAST, "--model_name_or_path", str(world / "policy-1")])
+
+
+def test_what_is_missing_is_named_before_anything_runs(recipe, tmp_path):
+    start = ["--model_name_or_path", "M", "--data_root", str(tmp_path), "--output_dir", str(tmp_path / "out")]
+    for flags, message in (
+        ([*start, "--benchmarks", "pope"], r"found no pope/\*pope\*.json"),
+        ([*start, "--benchmarks", "shapeworld"], "lacks pope.parquet, which shapeworld_pope needs"),
+        ([*start, "--benchmarks", "chair"], "lacks chair/questions.jsonl, which chair needs"),
+        ([*start, "--benchmarks", "pop"], "--benchmarks pop: want names out of"),
+        (start[:4], "--output_dir missing; to compare"),
+        (["--compare", "a", "b", "--model_name_or_path", "M"], "--compare takes two results and no --model_name_or_path"),
+        (["--compare", str(tmp_path), str(tmp_path)], "found no .*/result.json"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            recipe.main(flags)
+    assert recipe.started == []
+
+
+def test_commands_of_the_benchmarks_parse(recipe, load_recipe, tmp_path):
+    """Every flag of every part is one of its recipe's."""
+    from transformers import HfArgumentParser
+
+    (tmp_path / "pope").mkdir()
+    (tmp_path / "pope" / "coco_pope_random.json").write_text("")
+    _, options = HfArgumentParser(recipe.OPTIONS).parse_args_into_dataclasses(
+        ["--model_name_or_path", "M", "--data_root", "D", "--output_dir", "O", "--nproc_per_node", "gpu"]
+    )
+    for parts in (make(tmp_path) for make in recipe.PARTS.values()):
+        for part in parts:
+            words = recipe.generation(part, tmp_path, recipe.PolicyOptions(), options)
+            assert words[:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "gpu"]
+            assert words[5] == "data/generate_responses.py"
+            for path, *flags in (words[5:], [*part.score, "--answers", "A", "--output", "B"]):
+                HfArgumentParser(load_recipe(path).OPTIONS).parse_args_into_dataclasses(flags, look_for_args_file=False)
+
+
+@pytest.mark.slow
+def test_recipes_run_as_processes(load_recipe, world, tmp_path):
+    recipe = load_recipe("eval/run_benchmarks.py")
+    flags = ["--benchmarks", "shapeworld", "--data_root", str(world), "--output_dir", str(tmp_path), *FAST]
+    assert recipe.main(["--model_name_or_path", str(world / "policy-0"), *flags])["results"]["shapeworld_chair"]["captions"] == 12
+    with pytest.raises(SystemExit, match="failed with exit code 1; mend the cause above"):
+        recipe.main(["--model_name_or_path", str(world / "policy-1"), *flags])
