@@ -3,10 +3,12 @@
     python eval/best_of_n.py --model_name_or_path aligned/ --reference_name_or_path llava-hf/llava-1.5-7b-hf --data_path answers/ \\
         --output_dir best_of_n/
 
-Candidates: data/generate_responses.py --num_answers 32, by the policy, its reference or any other model. Each is scored with beta *
-log(pi/pi_ref), all candidates of a prompt in one shared-prefix row. For N = 1, 2, 4 ... 32 the curves are exact expectations over all
-draws of N of the candidates: by reward (sum, and mean over tokens), by the policy's mean log-prob, at random, and by an oracle where
-the truth is known (column `scene` of shapeworld, or --truth_column). 95 % intervals are over images.
+Candidates: data/generate_responses.py --num_answers 32 --temperature 1, by the reference, the policy or any other model. Try both: the
+reward picks well among answers of the reference, whose mistakes it was trained against; among the policy's own it may pick what only
+looks good (over-optimisation). Each is scored with beta * log(pi/pi_ref), all candidates of a prompt in one shared-prefix row. For N = 1,
+2, 4 ... 32 the curves are exact expectations over all draws of N of the candidates: by reward (sum, and mean over tokens), by the
+policy's mean log-prob, at random, and by an oracle where the truth is known (column `scene` of shapeworld, or --truth_column). 95 %
+intervals are over images.
 
 Output: best_of_n.json, best_of_n.png, rewards.parquet (every candidate with its rewards, without its image) and selected.parquet (the best
 candidate of each prompt by --select, in the form that eval/chair.py, eval/pope.py and eval/amber.py read as --answers).
@@ -43,6 +45,20 @@ REWARD_FEATURES = datasets.Features(
     {name: datasets.Value("float64") for name in ("reward_sum", "reward_mean", "policy_mean_logp")} | {"tokens": datasets.Value("int64")}
 )
 RANDOM, ORACLE = "random", "oracle"
+STYLES = {
+    "reward_mean": {"color": "tab:blue"},
+    "reward_sum": {"color": "tab:orange"},
+    "policy_mean_logp": {"color": "tab:green"},
+    RANDOM: {"color": "grey", "linestyle": "--"},
+    ORACLE: {"color": "black", "linestyle": ":"},
+}
+UNITS = {
+    "chair_s": "answers that invent an object, %",
+    "chair_i": "invented among named objects, %",
+    "recall": "objects covered, %",
+    "claim_error": "wrong claims, %",
+    "words": "words per answer",
+}
 
 
 @dataclass
@@ -130,9 +146,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     output_dir = Path(options.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(output_dir / "best_of_n.json", (json.dumps(result, indent=1) + "\n").encode())
-    plot(curves, numbers).savefig(output_dir / "best_of_n.png", dpi=120)
+    title = f"{len(scored)} prompts, {len(rows)} candidates"
+    plot(curves, numbers, f"best of N: {title}").savefig(output_dir / "best_of_n.png", dpi=120)
     write_rewards(candidates, rows, columns, sizes, options, output_dir)
-    print(table_of(curves, numbers, f"{len(scored)} prompts, {len(rows)} candidates"))
+    print(table_of(curves, numbers, title))
     return result
 
 
@@ -305,19 +322,28 @@ def table_of(curves: Lines, numbers: Sequence[int], title: str) -> str:
     return "\n".join(lines)
 
 
-def plot(curves: Lines, numbers: Sequence[int]) -> Figure:
+def plot(curves: Lines, numbers: Sequence[int], title: str) -> Figure:
+    """A panel per metric, a line per selector with its 95 % interval; the baselines are not in colour."""
     metrics = list(curves[RANDOM])
-    figure = Figure(figsize=(4 * len(metrics), 3.4), layout="constrained")
-    for axes, metric in zip(np.atleast_1d(figure.subplots(1, len(metrics))), metrics, strict=True):
+    columns = min(3, len(metrics))
+    rows = -(-len(metrics) // columns)
+    figure = Figure(figsize=(4 * columns, 3 * rows + 0.8), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(rows, columns)).flatten()
+    for axes, metric in zip(panels, metrics, strict=False):
         for selector, by_metric in curves.items():
             line = by_metric[metric]
-            axes.plot(numbers, [estimate.value for estimate in line], marker="o", markersize=3, label=selector)
-            axes.fill_between(numbers, [estimate.low for estimate in line], [estimate.high for estimate in line], alpha=0.12)
+            drawn = axes.plot(numbers, [estimate.value for estimate in line], marker="o", markersize=3, label=selector, **STYLES[selector])
+            low, high = [estimate.low for estimate in line], [estimate.high for estimate in line]
+            axes.fill_between(numbers, low, high, alpha=0.12, color=drawn[0].get_color(), linewidth=0)
         axes.set_xscale("log", base=2)
         axes.set_xticks(numbers, [str(n) for n in numbers])
         axes.set_xlabel("N")
-        axes.set_title(metric)
-    axes.legend(fontsize=8)
+        axes.set_title(UNITS.get(metric, metric))
+        axes.grid(alpha=0.3)
+    for axes in panels[len(metrics) :]:
+        axes.axis("off")
+    figure.suptitle(title)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(curves))
     return figure
 
 

@@ -1,9 +1,15 @@
 """A policy and its reference as a reward model: beta * log(pi(answer) / pi_ref(answer)), DPO's implicit reward (arXiv:2305.18290, eq. 5).
 
-    model = load_reward_model("my-lora/")                  # the reference of a LoRA adapter is its base model
-    for reward in model.reward(image, "What is this?", ["A cat.", "A dog."]):
-        reward.per_token, reward.sum, reward.mean
+    from muffin.reward import load_reward_model
 
+    model = load_reward_model("my-lora")  # a LoRA adapter: its reference is its base; a whole model needs its reference named
+    rewards = model.reward(image, "What is this?", ["A cat.", "A dog that sleeps."])
+    best = max(rewards, key=lambda reward: reward.mean)
+    for token, value in zip(model.tokens(best), best.per_token.tolist()):
+        print(f"{token!r:<12} {value:+.3f}")
+    print(f"sum {best.sum:+.3f}, per token {best.mean:+.3f}")
+
+Any model of a supported family does (hub id or folder), and any PIL image. eval/best_of_n.py does the same for a file of candidates.
 All answers to a prompt are scored in one shared-prefix row: the image and the question are computed once per model. Rewards compare
 answers to one prompt; between prompts they differ by a constant that depends on the prompt. Only encoded tokens count: an answer that
 does not fit into model_max_length is judged by its beginning.
@@ -74,7 +80,11 @@ class RewardModel:
         """
         if not answers:
             raise ValueError("reward needs at least one answer, got none")
-        return self.score([self.adapter.encode(image, question, answers)])[0]
+        return self.score([self.adapter.encode(image.convert("RGB"), question, answers)])[0]
+
+    def tokens(self, reward: AnswerReward) -> list[str]:
+        """The text of every token that `reward.per_token` has a value for; the last is the terminator, unless the answer was cut."""
+        return [self.adapter.tokenizer.decode(token) for token in reward.token_ids.tolist()]
 
     def score(self, encoded: Sequence[EncodedResponses]) -> list[list[AnswerReward]]:
         """Rewards of the responses of several prompts, one forward per model. Raises ValueError for log-probs that are not finite."""

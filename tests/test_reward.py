@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText
 
+from muffin import reward as reward_module
 from muffin.logps import get_batch_logps
 from muffin.pairs import load_preferences
 from muffin.policies import EncodedResponses
@@ -123,6 +124,22 @@ def test_what_cannot_be_rewarded_is_named(tmp_path, tiny_llava_path, other_path,
             parameter.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"):
         model.reward(pair.image, pair.question, ["A cat."])
+
+
+def test_the_example_of_the_docstring_runs(tmp_path, monkeypatch, tiny_llava_path, pair, capsys):
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*\.q_proj", init_lora_weights=False)
+    get_peft_model(stock_model(tiny_llava_path), config).save_pretrained(tmp_path / "my-lora")
+    monkeypatch.chdir(tmp_path)
+    lines = [line for line in reward_module.__doc__.splitlines() if line.startswith("    ")]
+    names = {"image": pair.image.convert("RGBA")}  # of any mode
+    exec("\n".join(line.removeprefix("    ") for line in lines), names)
+    assert names["best"] is max(names["rewards"], key=lambda each: each.mean)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == f"sum {names['best'].sum:+.3f}, per token {names['best'].mean:+.3f}"
+    assert printed[-2].startswith("'</s>'") and len(printed) == 1 + len(names["best"].per_token)
+    plain = names["model"].reward(pair.image, "What is this?", ["A cat.", "A dog that sleeps."])
+    assert [each.sum for each in plain] == [each.sum for each in names["rewards"]]
 
 
 def test_reward_from_log_probs_by_hand():
