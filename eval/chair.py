@@ -8,11 +8,11 @@ several captions.
 
 What is in a picture comes from --coco_annotations (instances_*.json and captions_*.json), from --truth (JSON: {image_id: [objects]}),
 or stands with the answers, as in CHAIR's output (mscoco_gt_words). Rows of shapeworld (column `scene`) bring vocabulary and truth with
-them and need neither file. `--lemmatizer stored` takes the words that stand with the answers (column `words`).
+them and need neither file. `--lemmatizer stored` takes the words that stand with the answers (column `words`). Captions that CHAIR's own
+script has scored bring its objects: the result then says how far every lemmatizer agrees with them. Objects listed by a judge:
+eval/object_halbench.py.
 """
 
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +20,17 @@ from typing import Any, Literal
 
 from transformers import HfArgumentParser
 
-from muffin.answers import Row, answer_text, first_of, read_rows
-from muffin.chair import LEMMATIZERS, Vocabulary, caption_values, chair_scores, count_captions, read_coco_truth, read_vocabulary
+from muffin.answers import Row, answer_text, read_rows
+from muffin.chair import (
+    LEMMATIZERS,
+    Vocabulary,
+    caption_values,
+    chair_scores,
+    coco_id,
+    count_captions,
+    read_vocabulary,
+    true_objects,
+)
 from muffin.hallucination import format_table
 from muffin.image_counts import estimate_counts, result_of, write_result
 from muffin.lemmas import MissingResource
@@ -116,16 +125,10 @@ def coco_captions(rows: list[Row], texts: list[str], options: ChairOptions) -> C
     image_ids = [coco_id(row, number) for number, row in enumerate(rows)]
     words = caption_words(rows, texts, vocabulary, options.lemmatizer)
     objects = [vocabulary.objects(each) for each in words]
-    return Captions([str(each) for each in image_ids], objects, true_objects(rows, image_ids, vocabulary, options), options.lemmatizer)
-
-
-def coco_id(row: Row, number: int) -> int:
-    """image_id, or the number that a COCO file name ends in: COCO_val2014_000000310196.jpg -> 310196."""
-    name = first_of(row, ("image_id", "image", "image_path", "question_id"))
-    digits = re.search(r"(\d+)(?:\.\w+)?$", str(name))
-    if digits is None:
-        raise ValueError(f"--answers, row {number}: the image is {name!r}; want a COCO id in image_id, or a COCO file name in image")
-    return int(digits[1])
+    # Ground-truth captions go through the rule of the answers; "stored" has none, so they get muffin's.
+    lemmas = LEMMATIZERS["simple" if options.lemmatizer == "stored" else options.lemmatizer](vocabulary)
+    truth = true_objects(rows, image_ids, vocabulary, lemmas, coco_annotations=options.coco_annotations, truth=options.truth)
+    return Captions([str(each) for each in image_ids], objects, truth, options.lemmatizer)
 
 
 def caption_words(rows: list[Row], texts: list[str], vocabulary: Vocabulary, lemmatizer: str) -> list[list[str]]:
@@ -136,26 +139,6 @@ def caption_words(rows: list[Row], texts: list[str], vocabulary: Vocabulary, lem
     if without:
         raise ValueError(f"--lemmatizer stored: row {without[0]} of --answers has no list `words`; choose another --lemmatizer")
     return [row["words"] for row in rows]
-
-
-def true_objects(rows: list[Row], image_ids: list[int], vocabulary: Vocabulary, options: ChairOptions) -> list[set[str]]:
-    """What is in each picture. Raises ValueError, naming the first, for pictures that nobody knows."""
-    if options.coco_annotations is not None:
-        # Ground-truth captions go through the rule of the answers; "stored" has none, so they get muffin's.
-        rule = "simple" if options.lemmatizer == "stored" else options.lemmatizer
-        known = read_coco_truth(options.coco_annotations, image_ids, vocabulary, LEMMATIZERS[rule](vocabulary))
-    elif options.truth is not None:
-        stored = json.loads(Path(options.truth).read_text(encoding="utf-8"))
-        known = {int(image_id): set(objects) for image_id, objects in stored.items()}
-    else:
-        known = {each: set(row["mscoco_gt_words"]) for each, row in zip(image_ids, rows, strict=True) if "mscoco_gt_words" in row}
-    missing = [image_id for image_id in image_ids if image_id not in known]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} pictures have no true objects, the first is image_id {missing[0]}; "
-            "give --coco_annotations or --truth that has them"
-        )
-    return [known[image_id] for image_id in image_ids]
 
 
 if __name__ == "__main__":

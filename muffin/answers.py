@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-ANSWER_NAMES = ("answer", "response", "text", "caption")  # the first that a row has is its answer
+ANSWER_NAMES = ("answer", "response", "text", "caption", "model_answer")  # the first that a row has is its answer
 IMAGE_NAMES = ("image", "image_path", "image_source", "image_id")
 _SHARD = re.compile(r"shard-(\d+)-of-(\d+)\.parquet")
 

@@ -11,6 +11,7 @@ Scores depend on the lemmatizer, so every result names it:
 """
 
 import json
+import re
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from muffin.answers import Row, first_of
 from muffin.hallucination import chair_ratios, divide
 from muffin.image_counts import ImageCounts
 from muffin.lemmas import Lemmatizer, pattern_singulars, simple_lemmas, wordnet_noun_lemmas, wordnet_pos_lemmas
@@ -119,6 +121,44 @@ def _coco_files(folder: str | Path, kind: str) -> Iterable[tuple[list[dict[str, 
     for file in files:
         content = json.loads(file.read_text(encoding="utf-8"))
         yield content["annotations"], {category["id"]: category["name"] for category in content.get("categories", [])}
+
+
+def coco_id(row: Row, number: int) -> int:
+    """image_id, or the number that a COCO file name ends in: COCO_val2014_000000310196.jpg -> 310196."""
+    name = first_of(row, ("image_id", "image", "image_path", "question_id"))
+    digits = re.search(r"(\d+)(?:\.\w+)?$", str(name))
+    if digits is None:
+        raise ValueError(f"--answers, row {number}: the image is {name!r}; want a COCO id in image_id, or a COCO file name in image")
+    return int(digits[1])
+
+
+def true_objects(
+    rows: Sequence[Row],
+    image_ids: Sequence[int],
+    vocabulary: Vocabulary,
+    lemmas: Lemmatizer,
+    *,
+    coco_annotations: str | None = None,
+    truth: str | None = None,
+) -> list[set[str]]:
+    """What is in the picture of each row: by COCO's annotations, by a JSON file {image_id: [objects]}, or as stored with the rows.
+
+    Raises ValueError, naming the first, for pictures that nobody knows.
+    """
+    if coco_annotations is not None:
+        known = read_coco_truth(coco_annotations, image_ids, vocabulary, lemmas)
+    elif truth is not None:
+        stored = json.loads(Path(truth).read_text(encoding="utf-8"))
+        known = {int(image_id): set(objects) for image_id, objects in stored.items()}
+    else:
+        known = {each: set(row["mscoco_gt_words"]) for each, row in zip(image_ids, rows, strict=True) if "mscoco_gt_words" in row}
+    missing = [image_id for image_id in image_ids if image_id not in known]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} pictures have no true objects, the first is image_id {missing[0]}; "
+            "give --coco_annotations or --truth that has them"
+        )
+    return [known[image_id] for image_id in image_ids]
 
 
 def caption_values(objects: Sequence[Hashable], truth: Collection[Hashable]) -> dict[str, float]:

@@ -8,9 +8,8 @@ and on the prompt, and compares with grades of the same two only. What the judge
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -148,9 +147,9 @@ def undefined_scores(counts: ImageCounts) -> set[str]:
     return {f"score {kind}" for number, kind in enumerate(TYPES) if not counts.sums[5 + 2 * number]}
 
 
-def comparable_with(judge: Mapping[str, Any]) -> str:
+def comparable_with(judge: str) -> str:
     """Which published numbers a result may be set beside."""
     return (
-        f"grades by {judge.get('model')} under the prompt {PROMPT_VERSION} only; published MMHal-Bench numbers are by {PUBLISHED_WITH}, "
+        f"grades by {judge} under the prompt {PROMPT_VERSION} only; published MMHal-Bench numbers are by {PUBLISHED_WITH}, "
         "and their scripts count an unreadable review as 0"
     )

@@ -53,3 +53,8 @@ def parse_objects(reply: str) -> list[str] | None:
 def objects_named(listed: list[str], vocabulary: Vocabulary, lemmas: Lemmatizer) -> list[str]:
     """The objects of the vocabulary that a list of phrases names, each once, in order."""
     return list(dict.fromkeys(each for phrase in listed for each in vocabulary.objects(lemmas(phrase))))
+
+
+def comparable_with(judge: str) -> str:
+    """Which published numbers a result may be set beside."""
+    return f"lists by {judge} under the prompt {PROMPT_VERSION} only; published Object HalBench numbers are by {PUBLISHED_WITH}"

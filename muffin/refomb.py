@@ -10,7 +10,7 @@ The prompts are muffin's own, with a version; verdicts compare with those of the
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -174,9 +174,9 @@ def undefined_scores(counts: ImageCounts) -> set[str]:
     return {name for name, column in behind.items() if not sums[column]}
 
 
-def comparable_with(judge: Mapping[str, Any]) -> str:
+def comparable_with(judge: str) -> str:
     """Which published numbers a result may be set beside."""
     return (
-        f"verdicts of {judge.get('model')} under the prompts {PROMPT_VERSION} only; published RefoMB numbers are by {PUBLISHED_WITH}; "
+        f"verdicts of {judge} under the prompts {PROMPT_VERSION} only; published RefoMB numbers are by {PUBLISHED_WITH}; "
         "of the numbers here win_rate and hall_win_rate follow that order"
     )

@@ -60,6 +60,7 @@ IMPORT_ORDER = (
     "hallucination",
     "image_counts",
     "answers",
+    "judge",
     "lemmas",
     "pope",
     "chair",

@@ -41,13 +41,13 @@ def test_outcomes_and_ratios_by_hand():
 
 def test_scores_by_hand():
     answers = ["Yes", "yes, a red one", "Yes", "No", "No", "It is not", "No", "Maybe"]  # 13 words, the last is junk
-    true = [True, True, False, False, False, False, True, True]
+    true = [True, True, False, False, True, False, True, True]
     images = ["a", "a", "a", "a", "b", "b", "b", "b"]
     counts = count_answers(answers, [PopeQuestion(image, truth, None) for image, truth in zip(images, true, strict=True)])
     assert counts.images == ("a", "b")
-    assert counts.counts.tolist() == [[2, 1, 1, 0, 0, 7], [1, 0, 2, 1, 1, 6]]  # tp, fp, tn, fn, unclear, words
-    expected = {"accuracy": 6 / 8, "precision": 3 / 4, "recall": 3 / 4, "f1": 2 * 0.75 * 0.75 / 1.5, "yes_ratio": 4 / 8}
-    assert pope_scores(counts.sums) == pytest.approx(expected | {"false_yes": 1 / 4, "words": 13 / 8})
+    assert counts.counts.tolist() == [[2, 1, 1, 0, 0, 7], [1, 0, 1, 2, 1, 6]]  # tp, fp, tn, fn, unclear, words
+    expected = {"accuracy": 5 / 8, "precision": 3 / 4, "recall": 3 / 5, "f1": 2 * 0.75 * 0.6 / 1.35, "yes_ratio": 4 / 8}
+    assert pope_scores(counts.sums) == pytest.approx(expected | {"false_yes": 1 / 3, "words": 13 / 8})
 
 
 def test_never_saying_yes_divides_by_nothing():

@@ -5,6 +5,7 @@ import shutil
 
 import datasets
 import pytest
+from PIL import Image
 
 from muffin import provenance
 from muffin.shapeworld.model import build_adapter, build_policy, save_policy
@@ -113,7 +114,7 @@ def test_commands_of_the_benchmarks_parse(recipe, load_recipe, tmp_path):
 
     (tmp_path / "pope").mkdir()
     (tmp_path / "pope" / "coco_pope_random.json").write_text("")
-    _, options = HfArgumentParser(recipe.OPTIONS).parse_args_into_dataclasses(
+    _, _, options = HfArgumentParser(recipe.OPTIONS).parse_args_into_dataclasses(
         ["--model_name_or_path", "M", "--data_root", "D", "--output_dir", "O", "--nproc_per_node", "gpu"]
     )
     for parts in (make(tmp_path) for make in recipe.PARTS.values()):
@@ -123,6 +124,32 @@ def test_commands_of_the_benchmarks_parse(recipe, load_recipe, tmp_path):
             assert words[5] == "data/generate_responses.py"
             for path, *flags in (words[5:], [*part.score, "--answers", "A", "--output", "B"]):
                 HfArgumentParser(load_recipe(path).OPTIONS).parse_args_into_dataclasses(flags, look_for_args_file=False)
+
+
+def test_a_judged_benchmark_waits_for_its_judge_and_then_counts(recipe, world, tmp_path):
+    """Two questions of MMHal-Bench; the judge is a file."""
+    (tmp_path / "mmhal" / "images").mkdir(parents=True)
+    rows = [
+        {"question_type": "other", "image_id": f"i{n}", "image_src": f"http://x/{n}.png", "image_content": ["Cat"]}
+        | {"question": "Describe the image.", "gt_answer": "A cat.", "model_answer": ""}
+        for n in range(2)
+    ]
+    for n in range(2):
+        Image.new("RGB", (64, 64)).save(tmp_path / "mmhal" / "images" / f"{n}.png")
+    (tmp_path / "mmhal" / "mmhal-bench_answer_template.json").write_text(json.dumps(rows))
+    output = tmp_path / "out"
+    flags = ["--model_name_or_path", str(world / "policy-0"), "--benchmarks", "mmhal", "--data_root", str(tmp_path), *FAST]
+    flags += ["--output_dir", str(output), "--judge_model", "m"]
+    with pytest.raises(SystemExit, match="not scored: mmhal"):
+        recipe.main(flags)
+    requests = [json.loads(line) for line in (output / "mmhal" / "result.requests.jsonl").read_text().splitlines()]
+    with (output / "mmhal" / "result.replies.jsonl").open("w") as file:
+        for request in requests:
+            body = {"choices": [{"message": {"content": "Rating: 2"}, "finish_reason": "stop"}], "model": "m"}
+            file.write(json.dumps({"custom_id": request["custom_id"], "response": {"status_code": 200, "body": body}}) + "\n")
+    result = recipe.main(flags)["results"]["mmhal"]
+    assert (result["score"], result["hallucination_rate"], result["informativeness"]) == pytest.approx((2, 100, 100 * 2 / 3))
+    assert result["rules"] == {"judge": "m", "prompt": "muffin-mmhal-1"} and result["missing"] == {}
 
 
 @pytest.mark.slow
