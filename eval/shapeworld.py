@@ -6,6 +6,8 @@
 (from data/score_claims.py) and --pairs_dir (from data/build_pairs.py) the labeler and the pairs are measured, too. Percent (words: a
 number), with 95 % bootstrap intervals over images.
 
+POPE, CHAIR and best of N on what `make demo` made: scripts/demo_benchmarks.sh.
+
 Output: JSON {"answers": {name: {"chair_s": {"value", "low", "high"}, ...}}, "labeler": {...}, "pairs": {...}}, and with --gallery a
 picture: held-out images with the first answer of every folder, wrong statements marked.
 """

@@ -28,6 +28,9 @@ class JudgeOptions:
         metadata={"help": "JSON lines of the judge's replies, OpenAI's batch output; default: beside --output, *.replies.jsonl."},
     )
     judge_temperature: float = field(default=0.0, metadata={"help": "Of the judge's sampling; 0 is greedy."})
+    judge_seed: int | None = field(
+        default=None, metadata={"help": "Of the judge's sampling, for servers that take one: several runs of a judge that samples."}
+    )
     judge_max_tokens: int = field(default=1024, metadata={"help": "Limit on a reply, in tokens."})
 
     def flags(self) -> list[str]:
@@ -64,7 +67,8 @@ class BatchJudge:
         self.name = options.judge_model
         self.replies = replies
         self.requests = replies.with_name(replies.name.removesuffix(".jsonl").removesuffix(".replies") + ".requests.jsonl")
-        self._settings = {"temperature": options.judge_temperature, "max_tokens": options.judge_max_tokens}
+        settings = {"temperature": options.judge_temperature, "max_tokens": options.judge_max_tokens, "seed": options.judge_seed}
+        self._settings = {name: value for name, value in settings.items() if value is not None}
         self._stored = _read_batch(replies) if replies.is_file() else {}
         self._used: dict[str, Mapping[str, Any]] = {}
 

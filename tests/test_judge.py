@@ -42,7 +42,11 @@ def test_requests_go_out_and_replies_come_back(tmp_path):
     with pytest.raises(RepliesMissing, match="1 of 2 prompts wait"):  # only what is new goes out
         judge.ask(["one", "three"])
     assert [request["body"]["messages"][0]["content"] for request in requests_of(tmp_path)] == ["three"]
-    for other in (JudgeOptions(judge_model="n"), JudgeOptions(judge_model="m", judge_temperature=0.2)):
+    for other in (
+        JudgeOptions(judge_model="n"),
+        JudgeOptions(judge_model="m", judge_temperature=0.2),
+        JudgeOptions(judge_model="m", judge_seed=1),
+    ):
         with pytest.raises(RepliesMissing, match="1 of 1 prompts wait"):  # another judge's replies are not taken
             load_judge(other, output).ask(["one"])
 

@@ -80,6 +80,22 @@ def test_benchmarks_of_two_policies_and_their_difference(recipe, world, tmp_path
     assert all(each["change"] == {"value": 0, "low": 0, "high": 0} for each in same["differences"]["result"].values())
 
 
+def test_best_of_n_on_candidates_of_policy_and_reference(load_recipe, world, tmp_path):
+    """What scripts/demo_benchmarks.sh does with the demo's policies."""
+    for name in ("policy-0", "policy-1"):
+        data = ["--data_path", str(world / "heldout.parquet"), "--output_dir", str(tmp_path / name), "--max_rows", "6", *FAST]
+        decoding = ["--num_answers", "4", "--temperature", "1", "--max_new_tokens", "16"]
+        load_recipe("data/generate_responses.py").main(["--model_name_or_path", str(world / name), *data, *decoding])
+        models = ["--model_name_or_path", str(world / "policy-1"), "--reference_name_or_path", str(world / "policy-0")]
+        files = ["--data_path", str(tmp_path / name), "--output_dir", str(tmp_path / f"{name}-best")]
+        result = load_recipe("eval/best_of_n.py").main([*models, *files, *FAST])
+        assert result["n"] == [1, 2, 4] and result["prompts"] == 6
+        for lines in result["curves"].values():  # one candidate is no choice
+            assert lines["words"][0] == result["curves"]["random"]["words"][0]
+        assert result["curves"]["oracle"]["claim_error"][-1]["value"] <= result["curves"]["random"]["claim_error"][-1]["value"]
+        assert (tmp_path / f"{name}-best" / "best_of_n.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_killed_run_goes_on(recipe, world, tmp_path):
     flags = ["--model_name_or_path", str(world / "policy-0"), "--benchmarks", "shapeworld", "--data_root", str(world)]
     whole = recipe.main([*flags, "--output_dir", str(tmp_path / "run"), *FAST])
