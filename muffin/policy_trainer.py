@@ -8,6 +8,7 @@ checkpoints, resume, schedules, logging.
 
 import logging
 import math
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -23,9 +24,11 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from muffin.attention import packed_attention
 from muffin.batches import ShuffledRows
+from muffin.checkpoints import Preempted, StopSignals, checkpoint_name, checkpoints, partial_run, publish, remove, remove_leftovers, writing
 from muffin.packing import PackedBatch
 from muffin.policies import PolicyAdapter, save_adapter
 from muffin.provenance import Numerics, resolve_numerics
@@ -51,6 +54,7 @@ class PolicyArguments(TrainingArguments):
         "include_for_metrics": (([],), "metrics are means over rows"),
         "batch_eval_metrics": ((False,), "metrics are means over rows"),
         "eval_do_concat_batches": ((True,), "metrics are means over rows"),
+        "enable_jit_checkpoint": ((False,), "SIGTERM saves at the end of the step anyway, and on all processes at the same one"),
         "prediction_loss_only": ((False,), "eval metrics come from the same forward as the loss"),
     }
 
@@ -163,16 +167,6 @@ def add_lora(model: nn.Module, targets: str, *, r: int, alpha: int, dropout: flo
     return peft_model
 
 
-def last_checkpoint(output_dir: Path) -> Path | None:
-    """The newest complete checkpoint in `output_dir`; one that was cut off while it was written has no trainer_state.json."""
-    folders = [folder for folder in output_dir.glob("checkpoint-*") if folder.name.removeprefix("checkpoint-").isdecimal()]
-    for folder in sorted(folders, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), reverse=True):
-        if (folder / "trainer_state.json").is_file():
-            return folder
-        logger.warning("%s is incomplete (no trainer_state.json) and passed over", folder)
-    return None
-
-
 class _EpochOfSampler(TrainerCallback):
     """Tells the sampler its epoch; accelerate does, too, but does not reach it after a resume on several processes."""
 
@@ -182,6 +176,22 @@ class _EpochOfSampler(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
         if isinstance(self.trainer.train_sampler, ShuffledRows):
             self.trainer.train_sampler.set_epoch(int(state.epoch or 0))
+
+
+class _StopWhenAsked(TrainerCallback):
+    """Saves and stops at the end of a step in which any process was asked to stop; all processes agree on the step."""
+
+    def __init__(self, trainer: "PolicyTrainer") -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        accelerator, signals = self.trainer.accelerator, self.trainer.stop_signals
+        received = torch.tensor([signals.received or 0], device=args.device)
+        numbers = accelerator.gather(received) if accelerator.num_processes > 1 else received
+        signals.received = int(numbers.max()) or None
+        if signals.received is not None:
+            control.should_log = control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
 
 
 class PolicyTrainer(transformers.Trainer, ABC):
@@ -199,12 +209,15 @@ class PolicyTrainer(transformers.Trainer, ABC):
         if args.ddp_find_unused_parameters is None:  # a trained CLIP tower has layers behind the one whose features are used
             args.ddp_find_unused_parameters = any(name.startswith(adapter.spec.frozen_modules) for name in trainable)
         self.adapter = adapter
+        self.stop_signals = StopSignals()
+        self._checkpoint_run: Path | None = None  # stands in for output_dir while a checkpoint is written
         self.parameter_count = sum(parameter.numel() for parameter in model.parameters())
         self.train_sampler: torch.utils.data.Sampler[int] | None = None
         self._metric_names: tuple[str, ...] = ()
         self._metric_sums: Tensor | None = None  # (M + 1,) since the last log: sums of values over rows, then the number of rows
         super().__init__(model=model, args=args, compute_metrics=self._evaluation_metrics, **trainer_arguments)
         self.add_callback(_EpochOfSampler(self))
+        self.add_callback(_StopWhenAsked(self))
         self.model_accepts_loss_kwargs = False  # the model computes no loss
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole step
 
@@ -242,6 +255,21 @@ class PolicyTrainer(transformers.Trainer, ABC):
         return 6 * inputs.packed.num_tokens * self.parameter_count
 
     # --- steps
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As Trainer.train. Raises Preempted, which ends the process, when a signal asked the run to stop before its last step."""
+        with self.stop_signals.caught():
+            output = super().train(*args, **kwargs)
+        if self.stop_signals.received is not None and self.state.global_step < self.state.max_steps:
+            logger.warning(
+                "%s at step %d of %d: saved as %s; go on by the same command with --resume_from_checkpoint last",
+                signal.Signals(self.stop_signals.received).name,
+                self.state.global_step,
+                self.state.max_steps,
+                Path(self.args.output_dir) / checkpoint_name(self.state.global_step),
+            )
+            raise Preempted(self.stop_signals.received)
+        return output
 
     def training_step(self, model: nn.Module, inputs: RowBatch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         # backward recomputes attention under gradient checkpointing, so it must find the packed one, too
@@ -308,6 +336,53 @@ class PolicyTrainer(transformers.Trainer, ABC):
         super().log(logs, start_time)
 
     # --- files
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Written elsewhere and renamed, so that a kill at any moment leaves whole checkpoints only.
+
+        Raises OSError when it cannot be written; nothing of it is left then.
+        """
+        output_dir = Path(self.args.output_dir)
+        name, partial = checkpoint_name(self.state.global_step), partial_run(output_dir)
+        if self.args.should_save:
+            remove_leftovers(output_dir)
+        self.accelerator.wait_for_everyone()
+        with writing(partial):
+            self._checkpoint_run = partial
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._checkpoint_run = None
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._name_best(output_dir)
+                self.state.save_to_json(str(partial / name / "trainer_state.json"))
+                publish(partial / name, output_dir / name)
+                partial.rmdir()
+        self.accelerator.wait_for_everyone()  # nobody goes on, and perhaps resumes, before the name is there
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(output_dir / name))
+        if self.args.should_save and self.args.save_total_limit:
+            self._rotate(output_dir)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._checkpoint_run is None else str(self._checkpoint_run)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Called while the folder still has its temporary name; `_save_checkpoint` does it after that."""
+
+    def _name_best(self, output_dir: Path) -> None:
+        """The best checkpoint by its final path; Trainer looks for it where it writes."""
+        step = self.state.best_global_step
+        if step and (step == self.state.global_step or (output_dir / checkpoint_name(step)).exists()):
+            self.state.best_model_checkpoint = str(output_dir / checkpoint_name(step))
+
+    def _rotate(self, output_dir: Path) -> None:
+        """Delete the oldest checkpoints beyond --save_total_limit, never the one just written or the best."""
+        kept = {checkpoint_name(self.state.global_step), Path(self.state.best_model_checkpoint or "").name}
+        folders = sorted(checkpoints(output_dir), key=lambda folder: folder.stat().st_mtime_ns)
+        surplus = len(folders) - self.args.save_total_limit
+        remove([folder for folder in folders if folder.name not in kept][: max(surplus, 0)])
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict=state_dict)

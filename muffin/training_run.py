@@ -9,8 +9,9 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
+from muffin.checkpoints import last_checkpoint
 from muffin.policies import Checkpoint, PolicyAdapter, load_policy, save_adapter
-from muffin.policy_trainer import PolicyArguments, add_lora, freeze, last_checkpoint
+from muffin.policy_trainer import PolicyArguments, add_lora, freeze
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,7 @@
 """Fixtures that every test may use. Nothing here, or in any test, needs a network, a GPU or files outside the checkout.
 
 --samples=DIR: folder of real samples (rlaifv_photos/, amber/, ...); tests that take the fixture `samples` are skipped without it.
+--chaos: the kills of tests/chaos/ in full number, on the real commands (`make chaos`); --chaos_seed=N: at other moments.
 --tokenizers=DIR: folder of real tokenizers (llama2/tokenizer.model); by default `tokenizers` beside the samples folder.
 """
 
@@ -34,6 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
     parser.addoption("--samples", type=folder, help="folder of real samples; tests that take them are skipped without it")
     parser.addoption("--tokenizers", type=folder, help="folder of real tokenizers; default: `tokenizers` beside --samples")
+    parser.addoption("--chaos", action="store_true", help="kill the real commands, in full number")
+    parser.addoption("--chaos_seed", type=int, default=0, help="seed of the moments of the kills")
 
 
 def pytest_sessionfinish() -> None:

@@ -49,6 +49,7 @@ IMPORT_ORDER = (
     "reference_gate",
     "batches",
     "muon",
+    "checkpoints",
     "policy_trainer",
     "trainer",
     "sft",

@@ -11,10 +11,11 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from muffin.batches import ShuffledRows
+from muffin.checkpoints import last_checkpoint
 from muffin.losses import changed_segment_weights
 from muffin.pairs import PreferenceDataset, load_preferences
 from muffin.policies import Checkpoint, PolicyAdapter, PolicyOptions, encode_pair, load_adapter, load_policy
-from muffin.policy_trainer import add_lora, freeze, last_checkpoint
+from muffin.policy_trainer import add_lora, freeze
 from muffin.trainer import DPOArguments, DPOTrainer
 from tests.scored import plain_token_logps, scored_rows, write_rows
 from tests.tiny import tiny_llava, write_parquet
