@@ -8,6 +8,7 @@ JSON lines with image_id and answer; they are matched by image_id, without ids b
 
 The judge works on files: the first run writes its requests beside the output, in OpenAI's batch format; run them with any model
 (`vllm run-batch`, OpenAI), store what comes back as mmhal.replies.jsonl, and give the command again. Stored replies replay the result.
+Reviews that another script made are scored by --reviews.
 
 The result names judge, date and prompt version, and says what it may be compared with. A failed request or an unreadable review is a
 missing value: reported, left out of every mean, never a wrong answer.
@@ -22,7 +23,7 @@ from transformers import HfArgumentParser
 from muffin.answers import answer_text, match_answers, read_rows
 from muffin.hallucination import format_table
 from muffin.image_counts import estimate_counts, result_of, write_result
-from muffin.judge import JudgeOptions, describe_missing, load_judge
+from muffin.judge import JudgeOptions, StoredReviews, describe_missing, load_judge
 from muffin.mmhal import (
     PROMPT_VERSION,
     comparable_with,
@@ -40,6 +41,9 @@ class MmhalOptions:
     questions: str = field(metadata={"help": "MMHal-Bench's answer template: JSON with question, gt_answer, image_content, ..."})
     answers: str = field(metadata={"help": "Answers: folder of data/generate_responses.py, or a JSON-lines, JSON or Parquet file."})
     output: str = field(metadata={"help": "JSON file for the result, every review included."})
+    reviews: str | None = field(
+        default=None, metadata={"help": "Reviews made elsewhere, one per question in their order, in place of a judge: JSON or JSON lines."}
+    )
 
 
 OPTIONS = (JudgeOptions, MmhalOptions)
@@ -52,7 +56,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     texts = [answer_text(row, f"--answers, row {number}") for number, row in enumerate(answers)]
     questions = [parse_question(row, number, text) for number, (row, text) in enumerate(zip(rows, texts, strict=True))]
 
-    judge = load_judge(judge_options, options.output)
+    judge = StoredReviews(options.reviews) if options.reviews else load_judge(judge_options, options.output)
+    prompt = "of the stored reviews" if options.reviews else PROMPT_VERSION
     reviews = judge.ask([grading_prompt(question) for question in questions])
     ratings = [None if review.text is None else parse_rating(review.text) for review in reviews]
     counts = count_ratings(questions, ratings)
@@ -60,9 +65,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     missing = describe_missing(reviews, ratings, "no readable rating")
     result = {
         "benchmark": "mmhal",
-        "rules": {"judge": judge.name, "prompt": PROMPT_VERSION},
-        "judge": judge.describe() | {"prompt": PROMPT_VERSION},
-        "comparable_with": comparable_with(judge.name),
+        "rules": {"judge": judge.name, "prompt": prompt},
+        "judge": judge.describe() | {"prompt": prompt},
+        "comparable_with": comparable_with(judge.name, prompt),
         "answers": len(questions),
         "missing": missing,
     } | result_of(estimates, counts)
@@ -71,7 +76,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         | ({"failure": review.failure} if review.failure else {})
         for question, rating, review in zip(questions, ratings, reviews, strict=True)
     ]
-    print(format_table(f"MMHal-Bench: {len(questions)} answers, judge {judge.name}, prompt {PROMPT_VERSION}", estimates, 2))
+    print(format_table(f"MMHal-Bench: {len(questions)} answers, judge {judge.name}, prompt {prompt}", estimates, 2))
     print(f"missing: {missing}\ncomparable with {result['comparable_with']}")
     write_result(Path(options.output), result)
     return result

@@ -106,6 +106,41 @@ def load_judge(options: JudgeOptions, output: str | Path) -> Judge:
     return BatchJudge(options, Path(options.judge_replies or Path(output).with_suffix(".replies.jsonl")))
 
 
+class StoredReviews:
+    """Reviews that somebody made under a prompt of his own, one per prompt and in the order of the prompts.
+
+    path: JSON or JSON lines of texts, of rows with `review`, `text` or `content`, or of whole chat completions, as MMHal-Bench's own
+    script stores them. A null is a failed request.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        text = self.path.read_text(encoding="utf-8")
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError:
+            content = [json.loads(line) for line in text.splitlines() if line.strip()]
+        self._rows = content if isinstance(content, list) else [content]
+        models = {str(row["model"]) for row in self._rows if isinstance(row, dict) and row.get("model")}
+        self.name = ", ".join(sorted(models)) or "not stored"
+
+    def ask(self, prompts: Sequence[str]) -> list[Reply]:
+        """Raises ValueError when there are more or fewer reviews than prompts."""
+        if len(self._rows) != len(prompts):
+            raise ValueError(f"{self.path} holds {len(self._rows)} reviews of {len(prompts)} answers; want one each, in the same order")
+        return [self._reply(row) for row in self._rows]
+
+    def describe(self) -> dict[str, Any]:
+        return {"model": self.name, "date": "not stored", "reviews": str(self.path)}
+
+    @staticmethod
+    def _reply(row: Any) -> Reply:
+        if isinstance(row, dict):
+            text = next((row[name] for name in ("review", "text", "content") if isinstance(row.get(name), str)), None)
+            return Reply(text) if text is not None else _reply_of({"response": {"body": row}})
+        return Reply(row) if isinstance(row, str) else Reply(None, "request failed: no review is stored")
+
+
 def _read_batch(path: Path) -> dict[str, Mapping[str, Any]]:
     """Lines by custom_id; of several with one name the first that holds a reply counts, so that failures can be asked again."""
     found: dict[str, Mapping[str, Any]] = {}

@@ -147,9 +147,9 @@ def undefined_scores(counts: ImageCounts) -> set[str]:
     return {f"score {kind}" for number, kind in enumerate(TYPES) if not counts.sums[5 + 2 * number]}
 
 
-def comparable_with(judge: str) -> str:
+def comparable_with(judge: str, prompt: str) -> str:
     """Which published numbers a result may be set beside."""
     return (
-        f"grades by {judge} under the prompt {PROMPT_VERSION} only; published MMHal-Bench numbers are by {PUBLISHED_WITH}, "
+        f"grades by {judge} under the prompt {prompt} only; published MMHal-Bench numbers are by {PUBLISHED_WITH}, "
         "and their scripts count an unreadable review as 0"
     )

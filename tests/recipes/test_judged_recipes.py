@@ -100,6 +100,22 @@ def test_mmhal_takes_the_filled_template(run, mmhal_files):
     assert all(f"A{n}." in prompt for n, prompt in enumerate(judge.prompts))
 
 
+def test_mmhal_of_reviews_made_elsewhere(load_recipe, mmhal_files, tmp_path):
+    def completion(text):
+        return {"model": "gpt-4-1106-preview", "choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
+
+    reviews = [completion("Rating: 6"), completion("rating: 2"), None, {"review": "Rating: 0"}, "Rating: 4"]
+    (tmp_path / "reviews.json").write_text(json.dumps(reviews))
+    flags = [word for name, value in mmhal_files.items() for word in (f"--{name}", str(value))]
+    result = load_recipe("eval/mmhal.py").main([*flags, "--reviews", str(tmp_path / "reviews.json")])
+    assert result["score"] == (6 + 2 + 0 + 4) / 4 and result["hallucination_rate"] == 50
+    assert result["rules"] == {"judge": "gpt-4-1106-preview", "prompt": "of the stored reviews"}
+    assert result["missing"] == {"request failed: no review is stored": 1}
+    (tmp_path / "reviews.json").write_text("\n".join(map(json.dumps, reviews[:3])))
+    with pytest.raises(ValueError, match="reviews.json holds 3 reviews of 5 answers"):
+        load_recipe("eval/mmhal.py").main([*flags, "--reviews", str(tmp_path / "reviews.json")])
+
+
 def test_a_judge_that_never_answers_is_an_error(run, mmhal_files):
     with pytest.raises(ValueError, match="none of the 5 answers has a grade"):
         run("eval/mmhal.py", [None] * 5, **mmhal_files)
