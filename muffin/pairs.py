@@ -17,7 +17,7 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from io import BytesIO
 from pathlib import Path
@@ -56,6 +56,7 @@ _DAMAGED_IMAGE = (
 )
 _READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 _SHARD = re.compile(r"shard-(\d+)-of-(\d+)\.parquet")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(//|[\w/+.-]+[;,])")  # http://..., file://..., data:image/png;base64,...
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -194,7 +195,7 @@ class PreferenceDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, position: int) -> PreferencePair:
         position = range(len(self))[position]
-        return parse_row(self._rows[position], position, self.column_map, self.image_root)
+        return parse_row(_stored_row(self._rows, position, self._columns.get("idx")), position, self.column_map, self.image_root)
 
     @property
     def has_reference(self) -> bool:
@@ -226,14 +227,15 @@ class PromptDataset(torch.utils.data.Dataset):
         self.table = _keep_images_encoded(table)
         self.column_map = dict(column_map or {})
         self.image_root = None if image_root is None else Path(os.path.abspath(image_root))
-        self._rows = self.table.select_columns(sorted(set(_resolve(table.column_names, self.column_map, self.required_columns).values())))
+        self._columns = _resolve(table.column_names, self.column_map, self.required_columns)
+        self._rows = self.table.select_columns(sorted(set(self._columns.values())))
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, position: int) -> Prompt:
         position = range(len(self))[position]
-        return parse_prompt(self._rows[position], position, self.column_map, self.image_root)
+        return parse_prompt(_stored_row(self._rows, position, self._columns.get("idx")), position, self.column_map, self.image_root)
 
 
 class DemonstrationDataset(PromptDataset):
@@ -243,7 +245,7 @@ class DemonstrationDataset(PromptDataset):
 
     def __getitem__(self, position: int) -> Demonstration:
         position = range(len(self))[position]
-        return parse_demonstration(self._rows[position], position, self.column_map, self.image_root)
+        return parse_demonstration(_stored_row(self._rows, position, self._columns.get("idx")), position, self.column_map, self.image_root)
 
 
 def load_preferences(
@@ -263,7 +265,8 @@ def load_preferences(
     Raises ValueError when there is nothing readable at `path`, when scoring shards or columns are missing.
     """
     table, folder = _open_rows(path, max_rows)
-    return PreferenceDataset(table, column_map, image_root or folder)
+    with _naming(path):
+        return PreferenceDataset(table, column_map, image_root or folder)
 
 
 def load_prompts(
@@ -275,7 +278,8 @@ def load_prompts(
 ) -> PromptDataset:
     """Open data that needs to hold images and questions only. Arguments and errors as for `load_preferences`."""
     table, folder = _open_rows(path, max_rows)
-    return PromptDataset(table, column_map, image_root or folder)
+    with _naming(path):
+        return PromptDataset(table, column_map, image_root or folder)
 
 
 def load_demonstrations(
@@ -287,7 +291,17 @@ def load_demonstrations(
 ) -> DemonstrationDataset:
     """Open data for supervised fine-tuning: image, question and chosen. Arguments and errors as for `load_preferences`."""
     table, folder = _open_rows(path, max_rows)
-    return DemonstrationDataset(table, column_map, image_root or folder)
+    with _naming(path):
+        return DemonstrationDataset(table, column_map, image_root or folder)
+
+
+@contextlib.contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """What is wrong with a table is said of its file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _open_rows(path: str | Path, max_rows: int | None) -> tuple[datasets.Dataset, Path | None]:
@@ -352,7 +366,7 @@ def parse_row(
     Raises RowError when the row is unusable (its image is not decoded here) and ValueError when columns are missing.
     """
     value = {name: row[column] for name, column in resolve_columns(row, column_map).items()}
-    idx = position if value.get("idx") is None else value["idx"]
+    idx = _idx(value.get("idx"), position)
     try:
         question = _text("question", value["question"], role="user")
         chosen = _text("chosen", value["chosen"], role="assistant")
@@ -378,7 +392,7 @@ def parse_prompt(
 ) -> Prompt:
     """One row of a table as a prompt. Raises RowError when the row is unusable and ValueError when columns are missing."""
     value = {name: row[column] for name, column in _resolve(row, column_map, PROMPT_COLUMNS).items()}
-    idx = position if value.get("idx") is None else value["idx"]
+    idx = _idx(value.get("idx"), position)
     try:
         return Prompt(
             question=_text("question", value["question"], role="user"),
@@ -433,6 +447,17 @@ def _refuse_unknown_names(column_map: Mapping[str, str]) -> None:
         raise ValueError(f"--column_map: {unknown} are not names of muffin; want some of {sorted(ROW_COLUMNS)} on the left of =")
 
 
+def _stored_row(rows: datasets.Dataset, position: int, idx_column: str | None) -> dict[str, Any]:
+    try:
+        return rows[position]
+    except UnicodeDecodeError as error:  # Arrow does not check the bytes of its texts
+        idx = position
+        if idx_column is not None:
+            with contextlib.suppress(UnicodeDecodeError):
+                idx = _idx(rows.select_columns(idx_column)[position][idx_column], position)
+        raise RowError(position, idx, f"a text is not UTF-8: {error}") from error
+
+
 def _keep_images_encoded(table: datasets.Dataset) -> datasets.Dataset:
     """The same table with `Image(decode=False)` columns. Not `cast_column`: for a list of images that rewrites the whole table."""
     info = table.info.copy()
@@ -462,6 +487,8 @@ def _open_table(path: str) -> tuple[datasets.Dataset, Path | None]:
     if local.is_file():
         if local.suffix not in _READERS:
             raise ValueError(f"{path}: found a file ending in {local.suffix!r}, want one of {', '.join(_READERS)}")
+        if _READERS[local.suffix] == "json":
+            _refuse_null_lines(local)
         return _read_files(_READERS[local.suffix], [local], path), local.parent
     if not _HUB_ID.fullmatch(path) or local.suffix in _READERS:
         raise ValueError(f"{path}: no such file or folder, and not the id of a hub data set (owner/name)")
@@ -471,10 +498,20 @@ def _open_table(path: str) -> tuple[datasets.Dataset, Path | None]:
         raise ValueError(f"{path}: no such file or folder here, and as a hub data set it cannot be had: {error}") from error
 
 
+def _refuse_null_lines(file: Path) -> None:
+    """pyarrow's JSON reader takes the process down (a segmentation fault) when a block of lines begins with null."""
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip() == b"null":
+                raise ValueError(f"{file}: line {number} is null, want an object with the row's columns; remove the line")
+
+
 def _read_files(reader: str, files: list[Path], path: str) -> datasets.Dataset:
     try:
         return datasets.load_dataset(reader, data_files=[glob.escape(str(file)) for file in files], split="train")
-    except (DatasetGenerationError, ValueError) as error:  # ValueError: pyarrow's ArrowInvalid
+    except StopIteration as error:  # what the JSON reader says of an empty file
+        raise ValueError(f"{path} cannot be read as {reader}: it holds no rows") from error
+    except (DatasetGenerationError, ValueError, OSError, RecursionError) as error:  # ValueError: pyarrow's ArrowInvalid
         raise ValueError(f"{path} cannot be read as {reader}: {error.__cause__ or error}") from error
 
 
@@ -489,6 +526,17 @@ def _refuse_missing_shards(folder: Path, names: list[str]) -> None:
         if missing:
             shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
             raise ValueError(f"{folder}: scoring is not complete, missing {shown}; run its command again to finish it: {SCORING_COMMAND}")
+
+
+def _idx(value: Any, position: int) -> int | str:
+    """The row's own name; its position where it has none. pandas turns numbers with gaps into floats."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return position
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, int | str):
+        raise RowError(position, position, f"idx is {type(value).__name__}, want a whole number or text")
+    return value
 
 
 def _text(name: str, value: Any, role: str) -> str:
@@ -512,7 +560,7 @@ def _message_text(name: str, messages: list[Any], role: str) -> Any:
     if not isinstance(content, list):
         return content
     kinds = [part.get("type") if isinstance(part, dict) else type(part).__name__ for part in content]
-    if not {"text", "image"}.issuperset(kinds) or kinds.count("image") > (role == "user"):
+    if any(kind not in ("text", "image") for kind in kinds) or kinds.count("image") > (role == "user"):
         raise ValueError(f"{name} has parts {kinds}, want text{' and at most one image' if role == 'user' else ' only'}")
     texts = [part.get("text") for part in content if part["type"] == "text"]
     if not all(isinstance(text, str) for text in texts):
@@ -535,12 +583,16 @@ def _image_bytes(value: Any, image_root: Path | None) -> bytes:
     elif not isinstance(value, dict):
         raise ValueError(f"image is {type(value).__name__}, want {{bytes, path}}, bytes or a path")
     data, path = value.get("bytes"), value.get("path")
+    if not isinstance(data, bytes | None) or not isinstance(path, str | None):
+        raise ValueError(f"image holds bytes of type {type(data).__name__} and a path of type {type(path).__name__}, want bytes or a text")
     if data is not None:
         if not data:
             raise ValueError("image is empty (0 bytes)")
         return data
     if not path:
         raise ValueError("image has neither bytes nor a path")
+    if _URL.match(path):
+        raise ValueError(f"image path {path[:100]!r} is a URL, want a file below the image root; download it first")
     if image_root is None:
         raise ValueError(f"image is stored as path {path!r} only and no image root is given to look it up in")
     file = Path(os.path.normpath(image_root / path))  # links inside the root are the user's own and may lead anywhere
@@ -555,7 +607,7 @@ def _image_bytes(value: Any, image_root: Path | None) -> bytes:
 def _metainfo(value: Mapping[str, Any]) -> dict[str, Any]:
     metainfo = {name: value[name] for name in METAINFO_COLUMNS if value.get(name) is not None}
     if isinstance(metainfo.get("origin_split"), str):
-        with contextlib.suppress(json.JSONDecodeError):  # plain text, such as "train"
+        with contextlib.suppress(ValueError, RecursionError):  # plain text, such as "train", or what Python's reader has no room for
             metainfo["origin_split"] = json.loads(metainfo["origin_split"])
     return metainfo
 
@@ -584,7 +636,7 @@ def _rlaifv_logps(stored: Any) -> list[Any]:
     """The six values of JSON text `[six]` or `{"logps": [six]}`, None for the per-token lists: those cover the padded sequence."""
     try:
         values = json.loads(stored) if isinstance(stored, str) else stored
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"stored logps are not JSON: {error}; store them again: {SCORING_COMMAND}") from error
     values = values.get("logps") if isinstance(values, dict) else values
     if not isinstance(values, list) or [isinstance(value, list) for value in values] != [False, False, True] * 2:

@@ -87,11 +87,13 @@ def load_adapter(checkpoint: Checkpoint, options: PolicyOptions) -> PolicyAdapte
     supported = ", ".join(sorted(ADAPTERS))
     if options.policy is not None and options.policy not in ADAPTERS:
         raise ValueError(f"--policy {options.policy} is unknown; choose from {supported}")
-    model_type = options.policy or json.loads((checkpoint.base / "config.json").read_text()).get("model_type")
+    config = json.loads((checkpoint.base / "config.json").read_text())
+    model_type = options.policy or config.get("model_type")
     if model_type not in ADAPTERS:
+        own_code = " Python code that a checkpoint brings along (auto_map) is never run (trust_remote_code is off): it could do anything."
         raise ValueError(
             f"{checkpoint.base} has model_type {model_type!r}; supported: {supported}. A model with the architecture of one of them "
-            "is loaded by --policy with its name"
+            f"is loaded by --policy with its name.{own_code if 'auto_map' in config else ''}"
         )
     saved: dict[str, str] = {}
     for folder in (checkpoint.base, checkpoint.folder):

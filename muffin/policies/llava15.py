@@ -168,7 +168,9 @@ class Llava15Policy:
         image_aspect_ratio = options.image_aspect_ratio or "pad"
         image_files = _vision_tower(path) if original else path
         return cls(
-            tokenizer=original_tokenizer(path / "tokenizer.model") if original else AutoTokenizer.from_pretrained(path, config=config),
+            tokenizer=original_tokenizer(path / "tokenizer.model")
+            if original
+            else AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False),
             image_processor=LlavaImageProcessorPil.from_pretrained(image_files, do_pad=image_aspect_ratio == "pad"),
             vision={
                 "patch_size": config.vision_config.patch_size,

@@ -110,7 +110,7 @@ class MiniCPMVPolicy(ChatPolicy):
     def load(cls, path: Path, options: PolicyOptions) -> "MiniCPMVPolicy":
         refuse_options(options, "MiniCPM-V 4.6", ("prompt_name", "max_slice_nums", "downsample_mode"))
         config = MiniCPMV4_6Config.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         image_processor = MiniCPMV4_6ImageProcessorPil.from_pretrained(path)
         if options.max_slice_nums is not None:
             image_processor.max_slice_nums = options.max_slice_nums

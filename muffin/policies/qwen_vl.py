@@ -125,7 +125,7 @@ class QwenVLPolicy(ChatPolicy):
     @classmethod
     def load(cls, path: Path, options: PolicyOptions) -> "QwenVLPolicy":
         refuse_options(options, cls.name, ("prompt_name", "max_pixels"))
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(path)
         if options.max_pixels is not None:
             least = image_processor.size["shortest_edge"]

@@ -468,6 +468,10 @@ def test_adapter_is_chosen_by_the_checkpoints_config(case, tmp_path):
     assert {family.adapter for family in FAMILIES.values()} == set(ADAPTERS.values())  # no adapter is left out of this suite
     with pytest.raises(ValueError, match=f"has model_type 'own_vlm'; supported: {', '.join(sorted(ADAPTERS))}"):
         load_adapter(checkpoint, PolicyOptions())
+    brought = config | {"model_type": "own_vlm", "auto_map": {"AutoModel": "modeling_own.OwnVLM"}}
+    (tmp_path / "config.json").write_text(json.dumps(brought))
+    with pytest.raises(ValueError, match=r"auto_map\) is never run \(trust_remote_code is off\)"):
+        load_adapter(checkpoint, PolicyOptions())
     with pytest.raises(ValueError, match=f"--policy own is unknown; choose from {', '.join(sorted(ADAPTERS))}"):
         load_adapter(checkpoint, PolicyOptions(policy="own"))
     adapter = load_adapter(checkpoint, PolicyOptions(policy=config["model_type"]))
