@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
+import pyarrow.parquet as pq
 import torch.utils.data
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from PIL import Image, UnidentifiedImageError
@@ -481,8 +482,11 @@ def _open_table(path: str) -> tuple[datasets.Dataset, Path | None]:
             return datasets.load_from_disk(path), local
         files = sorted(file for file in local.glob("*.parquet") if not file.name.startswith("."))
         if not files:
-            raise ValueError(f"{path}: found no *.parquet file in this folder; want one or more, or a folder of Dataset.save_to_disk")
+            below = next((file.parent for file in sorted(local.rglob("*.parquet"))), None)
+            hint = f"; there are some in {below}, name that folder" if below else ""
+            raise ValueError(f"{path}: found no *.parquet file in this folder; want one or more, or a folder of Dataset.save_to_disk{hint}")
         _refuse_missing_shards(local, [file.name for file in files])
+        _refuse_other_columns(files)
         return _read_files("parquet", files, path), local
     if local.is_file():
         if local.suffix not in _READERS:
@@ -513,6 +517,23 @@ def _read_files(reader: str, files: list[Path], path: str) -> datasets.Dataset:
         raise ValueError(f"{path} cannot be read as {reader}: it holds no rows") from error
     except (DatasetGenerationError, ValueError, OSError, RecursionError) as error:  # ValueError: pyarrow's ArrowInvalid
         raise ValueError(f"{path} cannot be read as {reader}: {error.__cause__ or error}") from error
+
+
+def _refuse_other_columns(files: Sequence[Path]) -> None:
+    """All files must have the columns of the first; `datasets` would fill those that are missing with null. Reads footers only."""
+    wanted: set[str] | None = None
+    for file in files:
+        try:
+            names = set(pq.read_schema(file).names)
+        except (ValueError, OSError) as error:  # ValueError: pyarrow's ArrowInvalid
+            raise ValueError(f"{file} cannot be read as parquet: {error}") from error
+        wanted = names if wanted is None else wanted
+        if names != wanted:
+            missing, more = sorted(wanted - names), sorted(names - wanted)
+            raise ValueError(
+                f"{file} has other columns than {files[0].name}: {', '.join(missing) or 'none'} missing, {', '.join(more) or 'none'} more; "
+                "keep files of one form in a folder"
+            )
 
 
 def _refuse_missing_shards(folder: Path, names: list[str]) -> None:

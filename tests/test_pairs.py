@@ -525,6 +525,22 @@ def test_folder_of_parquet_files(tmp_path):
     assert [pair.idx for pair in load_preferences(tmp_path)] == [0, 1, 2]
 
 
+def test_files_of_a_folder_that_do_not_belong_together_are_named(tmp_path):
+    whole = write_parquet(tmp_path / "a.parquet", [row(idx=0)]).read_bytes()
+    for name, reason in (("rejected", "rejected missing, none more"), ("more", "none missing, more more")):
+        write_parquet(tmp_path / "b.parquet", [without(name) if name == "rejected" else row(more=1)])
+        with pytest.raises(ValueError, match=f"b.parquet has other columns than a.parquet: {reason}"):
+            load_preferences(tmp_path)
+    (tmp_path / "b.parquet").write_bytes(whole[:-20])
+    with pytest.raises(ValueError, match="b.parquet cannot be read as parquet"):
+        load_preferences(tmp_path)
+    inner = tmp_path / "inner" / "data"
+    inner.mkdir(parents=True)
+    write_parquet(inner / "a.parquet", [row(idx=0)])
+    with pytest.raises(ValueError, match=f"there are some in {inner}, name that folder"):
+        load_preferences(tmp_path / "inner")
+
+
 def test_names_that_look_like_patterns(tmp_path):
     (tmp_path / "run[1]*").mkdir()
     assert len(load_preferences(write_parquet(tmp_path / "run[1]*" / "a?.parquet", rows_of(2)))) == 2
