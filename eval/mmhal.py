@@ -6,14 +6,17 @@
 Answers of a policy: eval/run_benchmarks.py --benchmarks mmhal. Answers made elsewhere: the template with `model_answer` filled in, or
 JSON lines with image_id and answer; they are matched by image_id, without ids by order.
 
-The judge works on files: the first run writes its requests beside the output, in OpenAI's batch format; run them with any model
-(`vllm run-batch`, OpenAI), store what comes back as mmhal.replies.jsonl, and give the command again. Stored replies replay the result.
+Who judges: a server that speaks OpenAI's protocol (--judge endpoint --judge_base_url http://localhost:8000/v1), an instruct model loaded
+here (--judge local --judge_model FOLDER_OR_HUB_ID), or anything that runs OpenAI's batch format: without --judge the first run writes
+its requests beside the output; run them (`vllm run-batch`, OpenAI), store what comes back as mmhal.replies.jsonl, and give the command
+again. Replies are stored as they come: a killed run loses none, failed requests are asked again, and the file replays the result.
 Reviews that another script made are scored by --reviews.
 
 The result names judge, date and prompt version, and says what it may be compared with. A failed request or an unreadable review is a
 missing value: reported, left out of every mean, never a wrong answer.
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +59,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     texts = [answer_text(row, f"--answers, row {number}") for number, row in enumerate(answers)]
     questions = [parse_question(row, number, text) for number, (row, text) in enumerate(zip(rows, texts, strict=True))]
 
-    judge = StoredReviews(options.reviews) if options.reviews else load_judge(judge_options, options.output)
+    judge = StoredReviews(options.reviews) if options.reviews else load_judge(judge_options, options.output, os.environ)
     prompt = "of the stored reviews" if options.reviews else PROMPT_VERSION
     reviews = judge.ask([grading_prompt(question) for question in questions])
     ratings = [None if review.text is None else parse_rating(review.text) for review in reviews]

@@ -7,12 +7,13 @@ Answers and truth are those of eval/chair.py, which counts the same by rules and
 reported as the response level, chair_i the mention level; an object counts once per answer. Truth is by rules in either case, where
 RLAIF-V's script sends people's captions to the judge, too.
 
-The judge works on files in OpenAI's batch format, see eval/mmhal.py: run the requests that the first run writes, then run this again.
+Who judges (a server, a model loaded here, or files in OpenAI's batch format): see eval/mmhal.py.
 
 The result names judge, date and prompt version, and says what it may be compared with. A failed request or an unreadable list is a
 missing value: reported, left out of every share.
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     image_ids = [coco_id(row, number) for number, row in enumerate(rows)]
     truth = true_objects(rows, image_ids, vocabulary, lemmas, coco_annotations=options.coco_annotations, truth=options.truth)
 
-    judge = load_judge(judge_options, options.output)
+    judge = load_judge(judge_options, options.output, os.environ)
     long = [number for number, text in enumerate(texts) if not is_short(text)]
     asked = dict(zip(long, judge.ask([extraction_prompt(texts[number]) for number in long]), strict=True))
     replies = [asked.get(number, Reply("[]")) for number in range(len(texts))]

@@ -5,14 +5,15 @@
 
 Answers of a policy: eval/run_benchmarks.py --benchmarks refomb. Answers made elsewhere: JSON lines with image_url, question and answer.
 Every answer is compared twice: with GPT-4V's answer first, as published, and with the places swapped, which shows how much the judge
-likes a place. A second question to the judge is about its own review: who hallucinates less. The judge works on files in OpenAI's batch
-format, see eval/mmhal.py; its two questions are two rounds of requests. Published numbers are means of three runs or more: with a judge
+likes a place. A second question to the judge is about its own review: who hallucinates less. Who judges (a server, a model
+loaded here, or files, whose two questions are two rounds of requests): see eval/mmhal.py. Published numbers are means of three runs or more: with a judge
 that samples (--judge_temperature), run this with --judge_seed 1, 2, 3 and other --output.
 
 The result names judge, date and prompt version, and says what it may be compared with. A failed request or an unreadable verdict is a
 missing value: reported, left out of every share, never a loss.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +73,7 @@ class Judged:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     judge_options, options = HfArgumentParser(OPTIONS).parse_args_into_dataclasses(args=argv, look_for_args_file=False)
     questions = read_questions(options)
-    judge = load_judge(judge_options, options.output)
+    judge = load_judge(judge_options, options.output, os.environ)
     orders: Sequence[Order] = ORDERS if options.order == "both" else (options.order,)
     judged = compare_answers(judge, questions, orders)
 

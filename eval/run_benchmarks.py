@@ -6,7 +6,7 @@
 Every benchmark runs data/generate_responses.py (greedy) on its questions, then its own recipe, in processes of their own whose commands are
 printed. Killed: the same command again, answers that are there are not made again. --compare takes folders of this command, or single
 results of eval/pope.py and the like, and resamples the same images for both. No hallucination number stands without capability and length.
-objhal, mmhal and refomb need a judge: --judge_model, and files of requests and replies, see eval/mmhal.py.
+objhal, mmhal and refomb need a judge: --judge endpoint|local|files, see eval/mmhal.py.
 
 What --data_root holds:
 

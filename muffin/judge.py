@@ -1,28 +1,48 @@
 """A judge of answers: a language model that reads. What it does not say is a missing value with a reason, never an exception or a zero.
 
-    prompts --requests.jsonl--> any runner of OpenAI's batch format --replies.jsonl--> replies, in the order of the prompts
+    prompts --> requests that no stored reply answers --a runner--> replies.jsonl --> replies, in the order of the prompts
 
-`BatchJudge` speaks through files in OpenAI's batch format, which OpenAI's own service, `vllm run-batch` and others run. A request is named
-by the hash of its content, so replies are a cache: they serve every later run that asks the same of the same model, and a stored file of
-them replays a result without the model.
+Who answers is chosen by `--judge`: a server that speaks OpenAI's protocol, an instruct model loaded here, or somebody else: `files` writes
+the requests down in OpenAI's batch format, which OpenAI's own service, `vllm run-batch` and others run. A request is named by the hash of
+its content and every reply is stored as it comes, so replies are a cache: a killed run loses none, they serve every later run that asks the
+same of the same model, and a stored file of them replays a result without the model.
 """
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+from muffin.chat import Body, Endpoint, LocalModel, Runner
 from muffin.provenance import hash_fields, write_atomically
+
+CUT = "reply was cut at --judge_max_tokens"
 
 
 @dataclass
 class JudgeOptions:
     """Who judges; recipes take them as flags."""
 
-    judge_model: str = field(default="judge", metadata={"help": "Name of the judge, as its server calls it; part of every request."})
+    judge: Literal["files", "endpoint", "local"] = field(
+        default="files",
+        metadata={"help": "Who answers requests: whoever runs a file of them, a server (--judge_base_url), or --judge_model loaded here."},
+    )
+    judge_base_url: str | None = field(
+        default=None, metadata={"help": "Server that speaks OpenAI's chat completions: http://localhost:8000/v1. For --judge endpoint."}
+    )
+    judge_api_key_env: str = field(
+        default="OPENAI_API_KEY", metadata={"help": "Environment variable that holds the server's key; local servers need none."}
+    )
+    judge_concurrency: int = field(default=8, metadata={"help": "Requests that a server is asked at a time, 1 to 64."})
+    judge_retries: int = field(default=4, metadata={"help": "Further tries of a request that failed for now; then it counts as missing."})
+    judge_timeout: float = field(default=120.0, metadata={"help": "Seconds that one try of a request may take."})
+    judge_model: str = field(
+        default="judge",
+        metadata={"help": "Name of the judge, as its server calls it, or its folder or hub id (local); part of every request."},
+    )
     judge_replies: str | None = field(
         default=None,
         metadata={"help": "JSON lines of the judge's replies, OpenAI's batch output; default: beside --output, *.replies.jsonl."},
@@ -32,6 +52,18 @@ class JudgeOptions:
         default=None, metadata={"help": "Of the judge's sampling, for servers that take one: several runs of a judge that samples."}
     )
     judge_max_tokens: int = field(default=1024, metadata={"help": "Limit on a reply, in tokens."})
+
+    def __post_init__(self) -> None:
+        if (self.judge == "endpoint") != (self.judge_base_url is not None):
+            raise ValueError(
+                f"--judge {self.judge} with --judge_base_url {self.judge_base_url}: --judge endpoint has one, as http://localhost:8000/v1, "
+                "the others have none"
+            )
+        if self.judge_concurrency < 1 or self.judge_retries < 0 or self.judge_timeout <= 0 or self.judge_max_tokens < 1:
+            raise ValueError(
+                f"--judge_concurrency {self.judge_concurrency} and --judge_max_tokens {self.judge_max_tokens} must be at least 1, "
+                f"--judge_retries {self.judge_retries} at least 0, --judge_timeout {self.judge_timeout} more than 0"
+            )
 
     def flags(self) -> list[str]:
         """The options that were given, as command-line words."""
@@ -60,10 +92,15 @@ class RepliesMissing(ValueError):
     """Requests wait for the judge; the message says where they are and how they are run."""
 
 
-class BatchJudge:
-    """A judge behind files: replies that are there are taken, requests without a reply are written down."""
+class StoringJudge:
+    """A judge with a file of replies: those that are there are taken, the others come from `runner` and are stored one by one.
 
-    def __init__(self, options: JudgeOptions, replies: Path) -> None:
+    Without a runner, requests that wait for a reply are written down beside the file.
+    """
+
+    def __init__(self, options: JudgeOptions, replies: Path, runner: Callable[[], Runner] | None = None) -> None:
+        """runner: called when there is something to ask; an expensive one (a model) costs nothing for a replay."""
+        self._runner = runner
         self.name = options.judge_model
         self.replies = replies
         self.requests = replies.with_name(replies.name.removesuffix(".jsonl").removesuffix(".replies") + ".requests.jsonl")
@@ -73,10 +110,33 @@ class BatchJudge:
         self._used: dict[str, Mapping[str, Any]] = {}
 
     def ask(self, prompts: Sequence[str]) -> list[Reply]:
-        """Raises RepliesMissing, after writing the requests, when there are prompts that the file of replies does not know."""
+        """Without a runner raises RepliesMissing, after writing the requests, when the file of replies does not know a prompt.
+
+        A runner is asked again what has failed before.
+        """
         bodies = [self._body(prompt) for prompt in prompts]
         names = [hash_fields([json.dumps(body, sort_keys=True)])[:32] for body in bodies]
         requests = dict(zip(names, bodies, strict=True))
+        if self._runner is None:
+            self._write_down(requests)
+        else:
+            self._run(self._runner, requests)
+        self._used |= {name: self._stored[name] for name in requests}
+        return [_reply_of(self._stored[name]) for name in names]
+
+    def _run(self, runner: Callable[[], Runner], requests: Mapping[str, Body]) -> None:
+        known = {name for name in requests if name in self._stored and _has_text(self._stored[name])}
+        waiting = {name: body for name, body in requests.items() if name not in known}
+        if not waiting:
+            return
+        self.replies.parent.mkdir(parents=True, exist_ok=True)
+        with self.replies.open("a", encoding="utf-8") as file:
+            for line in runner()(waiting):
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.flush()
+                self._stored[line["custom_id"]] = line
+
+    def _write_down(self, requests: Mapping[str, Body]) -> None:
         waiting = {name: body for name, body in requests.items() if name not in self._stored}
         if waiting:
             lines = [{"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": body} for name, body in waiting.items()]
@@ -85,10 +145,8 @@ class BatchJudge:
             raise RepliesMissing(
                 f"{len(waiting)} of {len(requests)} prompts wait for the judge {self.name}; they are in {self.requests}, in OpenAI's batch "
                 f"format. Run them (vllm run-batch --model {self.name} -i {self.requests} -o OUT, or a batch at OpenAI), append OUT to "
-                f"{self.replies}, and give this command again"
+                f"{self.replies}, and give this command again; or have a server asked: --judge endpoint --judge_base_url URL"
             )
-        self._used |= {name: self._stored[name] for name in requests}
-        return [_reply_of(self._stored[name]) for name in names]
 
     def describe(self) -> dict[str, Any]:
         """Asked by name, and what the replies say about themselves: models and days."""
@@ -101,9 +159,25 @@ class BatchJudge:
         return {"model": self.name, "messages": [{"role": "user", "content": prompt}], **self._settings}
 
 
-def load_judge(options: JudgeOptions, output: str | Path) -> Judge:
-    """The judge that the options name; its files are beside the result, `output`."""
-    return BatchJudge(options, Path(options.judge_replies or Path(output).with_suffix(".replies.jsonl")))
+def load_judge(options: JudgeOptions, output: str | Path, environment: Mapping[str, str]) -> Judge:
+    """The judge that the options name; its files are beside the result, `output`. environment: where the server's key is looked up.
+
+    Raises ValueError when the key of a server on the net is not there.
+    """
+    replies = Path(options.judge_replies or Path(output).with_suffix(".replies.jsonl"))
+    if options.judge == "files":
+        return StoringJudge(options, replies)
+    if options.judge == "local":
+        return StoringJudge(options, replies, lambda: LocalModel(options.judge_model))
+    base_url = str(options.judge_base_url)
+    key = environment.get(options.judge_api_key_env)
+    if key is None and base_url.startswith("https:"):
+        raise ValueError(
+            f"--judge_base_url {base_url} wants a key: set the environment variable {options.judge_api_key_env} that "
+            "--judge_api_key_env names"
+        )
+    settings = {"concurrency": options.judge_concurrency, "retries": options.judge_retries, "timeout": options.judge_timeout}
+    return StoringJudge(options, replies, lambda: Endpoint(base_url, api_key=key or "none", **settings))
 
 
 class StoredReviews:
@@ -152,9 +226,15 @@ def _read_batch(path: Path) -> dict[str, Mapping[str, Any]]:
             name = line["custom_id"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: want a line of OpenAI's batch output, with custom_id ({error!r})") from error
-        if name not in found or _reply_of(found[name]).text is None:
+        if name not in found or not _has_text(found[name]):
             found[name] = line
     return found
+
+
+def _has_text(line: Mapping[str, Any]) -> bool:
+    """Whether a reply came, be it cut: asked again it would be cut again."""
+    reply = _reply_of(line)
+    return reply.text is not None or reply.failure == CUT
 
 
 def _reply_of(line: Mapping[str, Any]) -> Reply:
@@ -168,7 +248,7 @@ def _reply_of(line: Mapping[str, Any]) -> Reply:
         message = error.get("message") if isinstance(error, Mapping) else error
         return Reply(None, f"request failed: {message or response.get('status_code', 'no reply')}")
     if choices[0].get("finish_reason") == "length":
-        return Reply(None, "reply was cut at --judge_max_tokens")
+        return Reply(None, CUT)
     return Reply(text)
 
 

@@ -61,6 +61,7 @@ IMPORT_ORDER = (
     "hallucination",
     "image_counts",
     "answers",
+    "chat",
     "judge",
     "lemmas",
     "pope",

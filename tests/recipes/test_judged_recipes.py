@@ -34,7 +34,7 @@ def run(load_recipe, monkeypatch):
 
     def function(path: str, replies: Sequence[str | None], **flags):
         recipe, judge = load_recipe(path), StoredJudge(replies)
-        monkeypatch.setattr(recipe, "load_judge", lambda options, output: judge)
+        monkeypatch.setattr(recipe, "load_judge", lambda options, output, environment: judge)
         result = recipe.main([word for name, value in flags.items() for word in (f"--{name}", str(value))])
         assert judge.replies == []
         assert json.loads(Path(flags["output"]).read_text()) == json.loads(json.dumps(result))
