@@ -2,7 +2,10 @@
 
     python data/score_claims.py --model_name_or_path llava-hf/llava-1.5-13b-hf --data_path answers/ --output_dir judged/
 
-The labeler is any policy. Next: data/build_pairs.py. Several GPUs: the same command behind `torchrun --nproc_per_node 8`. Processes take
+The labeler is any policy, or a server that speaks OpenAI's protocol and gives log-probs (--labeler endpoint --labeler_model NAME
+--labeler_base_url http://localhost:8000/v1). Claims come from rules, or from an instruct model: --splitter llm --splitter_model
+FOLDER_OR_HUB_ID, or --splitter endpoint with --splitter_base_url. What models reply is stored in replies/ as it comes, and replays
+without them. Next: data/build_pairs.py. Several GPUs: the same command behind `torchrun --nproc_per_node 8`. Processes take
 shards from a common queue, so more may join at any time by running the command on the same --output_dir. Killed: run the command again.
 
 Output: shard-*.parquet, the rows of data/generate_responses.py (or any with image, question and answer) with the columns claims,
@@ -24,8 +27,10 @@ import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from muffin.chat_feedback import PROMPT_VERSION, ChatLabeler, ChatSplitter
 from muffin.claims import Claim, Splitter, split_by_rules
 from muffin.feedback import FEEDBACK_FEATURES, Feedback, Judgement, Labeler, PolicyLabeler, failed, feedback_columns, give_feedback
+from muffin.judge import JudgeOptions, StoringJudge, choose_runner
 from muffin.pairs import PromptDataset, RowError, load_prompts, parse_column_map
 from muffin.policies import PolicyOptions, load_adapter, load_policy, resolve_checkpoint
 from muffin.provenance import describe_reference, resolve_numerics
@@ -42,6 +47,7 @@ def split_shapeworld(question: str, answer: str) -> list[Claim]:
     return [Claim(claim.sentence, shapeworld.question_of(claim)) for claim in shapeworld.split_claims(answer)]
 
 
+LabelerOfShard = Callable[[Shard], Labeler]  # of a shard's answers
 SPLITTERS: dict[str, Splitter] = {"rules": split_by_rules, "shapeworld": split_shapeworld}
 
 
@@ -52,12 +58,24 @@ class FeedbackOptions:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Labeler: folder or hub id of a model, or folder of a LoRA adapter. For --labeler policy."}
     )
-    labeler: Literal["policy", "shapeworld_truth"] = field(
-        default="policy", metadata={"help": "A policy, or the ground truth that rows of the tiny world carry (an oracle for experiments)."}
+    labeler: Literal["policy", "endpoint", "shapeworld_truth"] = field(
+        default="policy",
+        metadata={"help": "A policy, a server, or the ground truth that rows of the tiny world carry (an oracle for experiments)."},
     )
-    splitter: Literal["rules", "shapeworld"] = field(
-        default="rules", metadata={"help": "How answers become claims: rules for English sentences, or for those of the tiny world."}
+    labeler_model: str | None = field(default=None, metadata={"help": "The labeler's name at its server, for --labeler endpoint."})
+    labeler_base_url: str | None = field(default=None, metadata={"help": "The labeler's server: http://localhost:8000/v1."})
+    splitter: Literal["rules", "llm", "endpoint", "shapeworld"] = field(
+        default="rules",
+        metadata={"help": "How answers become claims: rules for English, an instruct model here or at a server, rules of the tiny world."},
     )
+    splitter_model: str | None = field(
+        default=None, metadata={"help": "Instruct model for --splitter llm (folder or hub id) or endpoint (its name at the server)."}
+    )
+    splitter_base_url: str | None = field(default=None, metadata={"help": "The splitter's server: http://localhost:8000/v1."})
+    api_key_env: str = field(
+        default="OPENAI_API_KEY", metadata={"help": "Environment variable that holds the servers' key; local ones need none."}
+    )
+    concurrency: int = field(default=8, metadata={"help": "Requests that a server is asked at a time, 1 to 64."})
     dtype: Literal["auto", "bfloat16", "float32"] = field(
         default="auto", metadata={"help": "Precision of weights and arithmetic; auto is bfloat16 where the hardware computes in it."}
     )
@@ -79,10 +97,18 @@ class FeedbackOptions:
             raise ValueError(
                 f"--labeler {self.labeler} with --model_name_or_path {self.model_name_or_path}: only --labeler policy has a model"
             )
+        for flag, wants_model, wants_url in (
+            ("labeler", self.labeler == "endpoint", self.labeler == "endpoint"),
+            ("splitter", self.splitter in ("llm", "endpoint"), self.splitter == "endpoint"),
+        ):
+            for name, wanted in ((f"{flag}_model", wants_model), (f"{flag}_base_url", wants_url)):
+                if (getattr(self, name) is not None) != wanted:
+                    state = "is missing" if wanted else "means nothing"
+                    raise ValueError(f"--{name} {state} with --{flag} {getattr(self, flag)}")
 
 
 OPTIONS = (PolicyOptions, FeedbackOptions)
-DECIDING = ("labeler", "splitter", "batch_tokens", "shard_rows", "column_map")
+DECIDING = ("labeler", "splitter", "splitter_model", "batch_tokens", "shard_rows", "column_map")
 
 
 @dataclass(frozen=True)
@@ -105,14 +131,14 @@ def main(argv: list[str] | None = None) -> FeedbackSummary:
     if "answer" not in answers.table.column_names:
         raise ValueError(f"--data_path {options.data_path} has no column answer; make it with data/generate_responses.py")
 
-    if options.labeler == "policy":
-        description, load_labeler = set_up_policy(options, policy_options, answers)
-    else:
-        description, load_labeler = set_up_truth(options, answers)
+    set_up = {"policy": set_up_policy, "endpoint": set_up_endpoint, "shapeworld_truth": set_up_truth}[options.labeler]
+    description, load_labeler = set_up(options, policy_options, answers)
+    split = set_up_splitter(options)
     folder = ShardFolder(Path(options.output_dir), plan_shards(len(answers), options.shard_rows))
     manifest = {
         "labeler": description,
-        "settings": {name: getattr(options, name) for name in DECIDING},
+        "settings": {name: getattr(options, name) for name in DECIDING}
+        | ({"splitter_prompt": PROMPT_VERSION} if options.splitter in ("llm", "endpoint") else {}),
         "input": fingerprint(options.data_path, answers),
     }
     begin_run(folder.path, MANIFEST, manifest)
@@ -122,7 +148,7 @@ def main(argv: list[str] | None = None) -> FeedbackSummary:
     if folder.missing():
         labeler = load_labeler()
         with tqdm(total=len(answers), initial=folder.finished_rows(), desc="labeling", unit="answer", disable=not first) as progress:
-            judge = ShardJudge(answers, SPLITTERS[options.splitter], labeler, progress)
+            judge = ShardJudge(answers, split, labeler, progress)
             written = write_missing(folder, judge.table, progress)
     seconds = time.perf_counter() - start
     summary = summarize(folder)
@@ -138,21 +164,46 @@ def main(argv: list[str] | None = None) -> FeedbackSummary:
 
 def set_up_policy(
     options: FeedbackOptions, policy_options: PolicyOptions, answers: PromptDataset
-) -> tuple[dict[str, Any], Callable[[], Labeler]]:
+) -> tuple[dict[str, Any], Callable[[], LabelerOfShard]]:
     """The labeler's description for the manifest, and what loads it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = resolve_checkpoint(options.model_name_or_path)
     adapter = load_adapter(checkpoint, policy_options)
     numerics = resolve_numerics(dtype=options.dtype, bits=None, lora_enable=True, device_type=device.type)  # no float32 master weights
 
-    def load() -> Labeler:
+    def load() -> LabelerOfShard:
         model = load_policy(checkpoint, adapter, dtype=numerics.load_dtype).requires_grad_(False).to(device).eval()
-        return PolicyLabeler(model, adapter, numerics, answers, batch_tokens=options.batch_tokens, num_workers=options.num_workers)
+        labeler = PolicyLabeler(model, adapter, numerics, answers, batch_tokens=options.batch_tokens, num_workers=options.num_workers)
+        return lambda shard: labeler
 
     return describe_reference(checkpoint, adapter, numerics), load
 
 
-def set_up_truth(options: FeedbackOptions, answers: PromptDataset) -> tuple[dict[str, Any], Callable[[], Labeler]]:
+def set_up_endpoint(
+    options: FeedbackOptions, _: PolicyOptions, answers: PromptDataset
+) -> tuple[dict[str, Any], Callable[[], LabelerOfShard]]:
+    ask = chat(options, "labeler", judge="endpoint", judge_model=options.labeler_model, judge_base_url=options.labeler_base_url)
+    return {"endpoint": options.labeler_model}, lambda: lambda shard: ChatLabeler(ask(shard), answers)
+
+
+def set_up_splitter(options: FeedbackOptions) -> Callable[[Shard, Sequence[tuple[str, str]]], Splitter]:
+    """What splits the (question, answer) pairs of a shard."""
+    if options.splitter in SPLITTERS:
+        return lambda shard, answers: SPLITTERS[options.splitter]
+    kind = "local" if options.splitter == "llm" else "endpoint"
+    ask = chat(options, "splitter", judge=kind, judge_model=options.splitter_model, judge_base_url=options.splitter_base_url)
+    return lambda shard, answers: ChatSplitter(ask(shard), answers)
+
+
+def chat(options: FeedbackOptions, name: str, **settings: Any) -> Callable[[Shard], StoringJudge]:
+    """A model to ask, whose replies are stored per shard: a shard has one writer, and one that was killed goes on with what is there."""
+    judge = JudgeOptions(**settings, judge_api_key_env=options.api_key_env, judge_concurrency=options.concurrency)
+    runner = choose_runner(judge, os.environ)
+    replies = Path(options.output_dir) / "replies"
+    return lambda shard: StoringJudge(judge, replies / f"{name}-{Path(shard.name).stem}.replies.jsonl", runner)
+
+
+def set_up_truth(options: FeedbackOptions, _: PolicyOptions, answers: PromptDataset) -> tuple[dict[str, Any], Callable[[], LabelerOfShard]]:
     if "scene" not in answers.table.column_names:
         raise ValueError(f"--labeler shapeworld_truth needs the column scene, which {options.data_path} lacks; use --labeler policy")
     scenes = answers.table["scene"]
@@ -163,7 +214,7 @@ def set_up_truth(options: FeedbackOptions, answers: PromptDataset) -> tuple[dict
             truths = [shapeworld.is_true(stated, scene) for claim in split for stated in shapeworld.split_claims(claim.text)]
             yield row, Feedback(tuple(split), tuple(Judgement(float(truth), float(not truth)) for truth in truths))
 
-    return {"ground_truth": "scene"}, lambda: judge
+    return {"ground_truth": "scene"}, lambda: lambda shard: judge
 
 
 @dataclass(frozen=True)
@@ -171,8 +222,8 @@ class ShardJudge:
     """Makes the rows of a shard."""
 
     answers: PromptDataset
-    splitter: Splitter
-    labeler: Labeler
+    split: Callable[[Shard, Sequence[tuple[str, str]]], Splitter]
+    labeler: LabelerOfShard
     progress: tqdm
 
     def table(self, shard: Shard) -> pa.Table:
@@ -190,7 +241,7 @@ class ShardJudge:
             if failure or text is None:
                 feedback[row] = failed(failure or "answer is null")
                 asked.pop(row, None)
-        for row, judged in give_feedback(asked, self.splitter, self.labeler):
+        for row, judged in give_feedback(asked, self.split(shard, list(asked.values())), self.labeler(shard)):
             feedback[row] = judged
             self.progress.update()
         return with_columns(table, rows, FEEDBACK_FEATURES, feedback_columns([feedback[row] for row in rows]))

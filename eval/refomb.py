@@ -5,9 +5,9 @@
 
 Answers of a policy: eval/run_benchmarks.py --benchmarks refomb. Answers made elsewhere: JSON lines with image_url, question and answer.
 Every answer is compared twice: with GPT-4V's answer first, as published, and with the places swapped, which shows how much the judge
-likes a place. A second question to the judge is about its own review: who hallucinates less. Who judges (a server, a model
-loaded here, or files, whose two questions are two rounds of requests): see eval/mmhal.py. Published numbers are means of three runs or more: with a judge
-that samples (--judge_temperature), run this with --judge_seed 1, 2, 3 and other --output.
+likes a place. A second question to the judge is about its own review: who hallucinates less. Who judges (a server, a model loaded here,
+or files, whose two questions are two rounds of requests): see eval/mmhal.py. Published numbers are means of three runs or more: with a
+judge that samples (--judge_temperature), run this with --judge_seed 1, 2, 3 and other --output.
 
 The result names judge, date and prompt version, and says what it may be compared with. A failed request or an unreadable verdict is a
 missing value: reported, left out of every share, never a loss.

@@ -13,10 +13,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from muffin.chat import Body, Endpoint, LocalModel, Runner
+from muffin.chat import Body, Endpoint, Line, LocalModel, Runner
 from muffin.provenance import hash_fields, write_atomically
 
 CUT = "reply was cut at --judge_max_tokens"
@@ -107,14 +108,17 @@ class StoringJudge:
         settings = {"temperature": options.judge_temperature, "max_tokens": options.judge_max_tokens, "seed": options.judge_seed}
         self._settings = {name: value for name, value in settings.items() if value is not None}
         self._stored = _read_batch(replies) if replies.is_file() else {}
-        self._used: dict[str, Mapping[str, Any]] = {}
+        self._used: dict[str, Line] = {}
 
     def ask(self, prompts: Sequence[str]) -> list[Reply]:
-        """Without a runner raises RepliesMissing, after writing the requests, when the file of replies does not know a prompt.
+        """Replies to texts. Errors as for `complete`."""
+        return [reply_of(line) for line in self.complete([self._body(prompt) for prompt in prompts])]
 
-        A runner is asked again what has failed before.
+    def complete(self, bodies: Sequence[Body]) -> list[Line]:
+        """The stored line of every request, in order. A runner is asked again what has failed before.
+
+        Without a runner raises RepliesMissing, after writing the requests, when the file of replies does not know one.
         """
-        bodies = [self._body(prompt) for prompt in prompts]
         names = [hash_fields([json.dumps(body, sort_keys=True)])[:32] for body in bodies]
         requests = dict(zip(names, bodies, strict=True))
         if self._runner is None:
@@ -122,7 +126,7 @@ class StoringJudge:
         else:
             self._run(self._runner, requests)
         self._used |= {name: self._stored[name] for name in requests}
-        return [_reply_of(self._stored[name]) for name in names]
+        return [self._stored[name] for name in names]
 
     def _run(self, runner: Callable[[], Runner], requests: Mapping[str, Body]) -> None:
         known = {name for name in requests if name in self._stored and _has_text(self._stored[name])}
@@ -150,7 +154,7 @@ class StoringJudge:
 
     def describe(self) -> dict[str, Any]:
         """Asked by name, and what the replies say about themselves: models and days."""
-        bodies = [line["response"]["body"] for line in self._used.values() if _reply_of(line).text is not None]
+        bodies = [line["response"]["body"] for line in self._used.values() if reply_of(line).text is not None]
         days = sorted({datetime.fromtimestamp(body["created"], UTC).date().isoformat() for body in bodies if body.get("created")})
         found = {"model": self.name, "answered_as": sorted({str(body["model"]) for body in bodies if body.get("model")})}
         return found | {"date": " to ".join(days[:: max(1, len(days) - 1)]) or "not stored", **self._settings}
@@ -160,24 +164,29 @@ class StoringJudge:
 
 
 def load_judge(options: JudgeOptions, output: str | Path, environment: Mapping[str, str]) -> Judge:
-    """The judge that the options name; its files are beside the result, `output`. environment: where the server's key is looked up.
+    """The judge that the options name; its files are beside the result, `output`. Errors as for `choose_runner`."""
+    return StoringJudge(
+        options, Path(options.judge_replies or Path(output).with_suffix(".replies.jsonl")), choose_runner(options, environment)
+    )
+
+
+def choose_runner(options: JudgeOptions, environment: Mapping[str, str]) -> Callable[[], Runner] | None:
+    """What makes the runner, once, when it is first needed; None for files. environment: where the server's key is looked up.
 
     Raises ValueError when the key of a server on the net is not there.
     """
-    replies = Path(options.judge_replies or Path(output).with_suffix(".replies.jsonl"))
     if options.judge == "files":
-        return StoringJudge(options, replies)
+        return None
     if options.judge == "local":
-        return StoringJudge(options, replies, lambda: LocalModel(options.judge_model))
+        return cache(lambda: LocalModel(options.judge_model))
     base_url = str(options.judge_base_url)
     key = environment.get(options.judge_api_key_env)
     if key is None and base_url.startswith("https:"):
         raise ValueError(
-            f"--judge_base_url {base_url} wants a key: set the environment variable {options.judge_api_key_env} that "
-            "--judge_api_key_env names"
+            f"{base_url} wants a key, and the environment variable {options.judge_api_key_env} is not set; set it, or name another"
         )
     settings = {"concurrency": options.judge_concurrency, "retries": options.judge_retries, "timeout": options.judge_timeout}
-    return StoringJudge(options, replies, lambda: Endpoint(base_url, api_key=key or "none", **settings))
+    return cache(lambda: Endpoint(base_url, api_key=key or "none", **settings))
 
 
 class StoredReviews:
@@ -211,13 +220,13 @@ class StoredReviews:
     def _reply(row: Any) -> Reply:
         if isinstance(row, dict):
             text = next((row[name] for name in ("review", "text", "content") if isinstance(row.get(name), str)), None)
-            return Reply(text) if text is not None else _reply_of({"response": {"body": row}})
+            return Reply(text) if text is not None else reply_of({"response": {"body": row}})
         return Reply(row) if isinstance(row, str) else Reply(None, "request failed: no review is stored")
 
 
-def _read_batch(path: Path) -> dict[str, Mapping[str, Any]]:
+def _read_batch(path: Path) -> dict[str, Line]:
     """Lines by custom_id; of several with one name the first that holds a reply counts, so that failures can be asked again."""
-    found: dict[str, Mapping[str, Any]] = {}
+    found: dict[str, Line] = {}
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not text.strip():
             continue
@@ -233,11 +242,11 @@ def _read_batch(path: Path) -> dict[str, Mapping[str, Any]]:
 
 def _has_text(line: Mapping[str, Any]) -> bool:
     """Whether a reply came, be it cut: asked again it would be cut again."""
-    reply = _reply_of(line)
+    reply = reply_of(line)
     return reply.text is not None or reply.failure == CUT
 
 
-def _reply_of(line: Mapping[str, Any]) -> Reply:
+def reply_of(line: Mapping[str, Any]) -> Reply:
     """The text of a line of batch output; the reason where there is none, or where the reply was cut."""
     response = line.get("response") or {}
     body = response.get("body") or {}

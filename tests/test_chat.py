@@ -112,7 +112,7 @@ def test_contradicting_options_and_a_missing_key_are_refused(tmp_path):
     with pytest.raises(ValueError, match="--judge_concurrency 0"):
         JudgeOptions(judge_concurrency=0)
     options = JudgeOptions(judge="endpoint", judge_base_url="https://example.org/v1", judge_api_key_env="MY_KEY")
-    with pytest.raises(ValueError, match="wants a key: set the environment variable MY_KEY"):
+    with pytest.raises(ValueError, match="wants a key, and the environment variable MY_KEY is not set"):
         load_judge(options, tmp_path / "result.json", {})
 
 

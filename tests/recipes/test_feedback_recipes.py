@@ -1,6 +1,7 @@
 """The way from prompts to pairs by its three recipes: generate_responses, score_claims, build_pairs."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from muffin.policies import Checkpoint, PolicyOptions, encode_pair, load_adapter
 from muffin.shapeworld.claims import answer_ratios
 from muffin.shapeworld.language import DESCRIBE
 from muffin.shapeworld.scenes import WORLDS, Scene, draw, encode_png, sample_scenes
+from tests.openai_server import serve
 
 PROMPT_COLUMNS = ["ds_name", "image", "question", "chosen", "rejected", "origin_dataset", "origin_split", "idx", "image_path"]
 ANSWER_COLUMNS = ["prompt_row", "answer_number", "answer", "truncated", "failure"]
@@ -204,6 +206,57 @@ def test_prompts_that_cannot_be_used_keep_a_row(run, generation, labeling, tmp_p
     pq.write_table(pa.Table.from_pylist(broken), tmp_path / "all_broken.parquet")
     with pytest.raises(ValueError, match="no prompt could be used; the first failed because image does not decode"):
         run("generate_responses", **generation | {"data_path": tmp_path / "all_broken.parquet", "output_dir": tmp_path / "none"})
+
+
+# --- a server as splitter and labeler
+
+
+def speaking_server(body: dict) -> str | tuple[int, str]:
+    """Splits at full stops, asks "Is it so: ...?", and says yes with .8 to every question that is of even length."""
+    content = body["messages"][0]["content"]
+    if not isinstance(content, str):
+        even = len(content[1]["text"]) % 2 == 0
+        top = [{"token": "Yes", "logprob": math.log(0.8 if even else 0.1)}, {"token": " no", "logprob": math.log(0.2 if even else 0.9)}]
+        choice = {"message": {"content": "Yes"}, "finish_reason": "length", "logprobs": {"content": [{"top_logprobs": top}]}}
+        return 200, json.dumps({"model": "m", "choices": [choice]})
+    if "Answer: " in content:
+        parts = [part.strip() for part in content.rpartition("Answer: ")[2].split(".") if part.strip()]
+        return "\n".join(f"{number}. {part}." for number, part in enumerate(parts, 1)) or "NONE"
+    items = [line for line in content.splitlines() if line[:1].isdigit()]
+    return "\n".join(f"{number}. Is it so: {item}" for number, item in enumerate(items, 1))
+
+
+def test_a_server_splits_and_labels(run, world_answers, tmp_path):
+    folder, scenes = world_answers
+    flags = {"data_path": folder, "column_map": "image=picture,question=ask", "shard_rows": 5, "num_workers": 0}
+    with serve(speaking_server) as server:
+        models = {"labeler": "endpoint", "labeler_model": "eyes", "labeler_base_url": server.url}
+        models |= {"splitter": "endpoint", "splitter_model": "words", "splitter_base_url": server.url}
+        summary = run("score_claims", output_dir=tmp_path / "judged", **flags, **models)
+        asked = len(server.requests)
+        again = run("score_claims", output_dir=tmp_path / "judged", **flags, **models)
+        assert again == summary and len(server.requests) == asked, "what is finished is not asked again"
+        (tmp_path / "judged" / "shard-00001-of-00003.parquet").unlink()
+        run("score_claims", output_dir=tmp_path / "judged", **flags, **models)
+        assert len(server.requests) == asked, "replies are stored beside the shards"
+    judged = rows(tmp_path / "judged")
+    assert summary.answers == len(judged) == 12 and summary.failures == 3
+    for row in judged:
+        parts = [part.strip() for part in row["answer"].split(".") if part.strip()]
+        assert row["claims"] == [f"{part}." for part in parts]
+        assert row["claim_questions"] == [f"Is it so: {n}. {part}. Please answer yes or no." for n, part in enumerate(parts, 1)]
+        assert row["score"] == (-sum(len(question) % 2 for question in row["claim_questions"]) if parts else None)
+    manifest = json.loads((tmp_path / "judged" / "muffin_labeler.json").read_text())
+    assert manifest["labeler"] == {"endpoint": "eyes"}
+    assert (manifest["settings"]["splitter_model"], manifest["settings"]["splitter_prompt"]) == ("words", "muffin-claims-1")
+
+    for wrong, message in (
+        ({"splitter": "llm"}, "--splitter_model is missing with --splitter llm"),
+        ({"splitter_base_url": "http://x"}, "--splitter_base_url means nothing with --splitter rules"),
+        ({"labeler": "endpoint", "labeler_model": "m"}, "--labeler_base_url is missing with --labeler endpoint"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run("score_claims", output_dir=tmp_path / "none", **flags, **({"labeler": "shapeworld_truth"} | wrong))
 
 
 # --- the tiny world: ground truth as labeler, and columns of other names
