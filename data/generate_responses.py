@@ -2,6 +2,9 @@
 
     python data/generate_responses.py --model_name_or_path llava-hf/llava-1.5-7b-hf --data_path prompts.parquet --output_dir answers/
 
+From a server that speaks OpenAI's protocol (vLLM, SGLang), for speed: --generator endpoint --base_url http://localhost:8000/v1; its replies
+are stored in replies/ as they come.
+
 Next: data/score_claims.py. Several GPUs: the same command behind `torchrun --nproc_per_node 8`. Processes take shards from a common
 queue, so more may join at any time by running the command on the same --output_dir. Killed: run the command again.
 
@@ -12,9 +15,10 @@ muffin_answers.json says what the answers were made with. A prompt that cannot b
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,7 +26,9 @@ import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from muffin.chat_generation import ask_for_answers
 from muffin.generation import ANSWER_FEATURES, Answer, Decoding, generate
+from muffin.judge import JudgeOptions, StoringJudge, choose_runner
 from muffin.pairs import PromptDataset, load_prompts, parse_column_map
 from muffin.policies import EncodedResponses, PolicyAdapter, PolicyOptions, load_adapter, load_policy, resolve_checkpoint
 from muffin.provenance import Numerics, describe_reference, resolve_numerics
@@ -34,9 +40,21 @@ MANIFEST = "muffin_answers.json"
 
 @dataclass
 class GenerationOptions:
-    model_name_or_path: str = field(metadata={"help": "Policy: folder or hub id of a model, or folder of a LoRA adapter."})
+    model_name_or_path: str = field(
+        metadata={
+            "help": "Policy: folder or hub id of a model, or folder of a LoRA adapter; its name at the server for --generator endpoint."
+        }
+    )
     data_path: str = field(metadata={"help": "Images and questions: Parquet or JSON-lines file, folder of Parquet files, or hub id."})
     output_dir: str = field(metadata={"help": "Folder for the answers; a run that was killed is resumed from it."})
+    generator: Literal["policy", "endpoint"] = field(
+        default="policy", metadata={"help": "Generate here, or ask a server that speaks OpenAI's protocol (vLLM, SGLang), for speed."}
+    )
+    base_url: str | None = field(default=None, metadata={"help": "The server: http://localhost:8000/v1. For --generator endpoint."})
+    api_key_env: str = field(
+        default="OPENAI_API_KEY", metadata={"help": "Environment variable that holds the server's key; local ones need none."}
+    )
+    concurrency: int = field(default=8, metadata={"help": "Requests that a server is asked at a time, 1 to 64."})
     num_answers: int = field(default=10, metadata={"help": "Answers per prompt; RLAIF-V takes 10."})
     temperature: float = field(default=0.7, metadata={"help": "Of sampling, usually 0.5 to 1; 0 is greedy, with --num_answers 1."})
     max_new_tokens: int = field(default=512, metadata={"help": "Limit on an answer, in tokens; longer ones are cut and marked."})
@@ -61,10 +79,25 @@ class GenerationOptions:
                 f"--batch_size {self.batch_size} and --shard_rows {self.shard_rows} must be at least 1, "
                 f"--num_workers {self.num_workers} at least 0"
             )
+        if (self.base_url is not None) != (self.generator == "endpoint"):
+            raise ValueError(
+                f"--generator {self.generator} with --base_url {self.base_url}: --generator endpoint has a server, policy none"
+            )
 
 
 OPTIONS = (PolicyOptions, GenerationOptions)
-DECIDING = ("num_answers", "temperature", "max_new_tokens", "seed", "batch_size", "shard_rows", "max_rows", "column_map", "image_root")
+DECIDING = (
+    "generator",
+    "num_answers",
+    "temperature",
+    "max_new_tokens",
+    "seed",
+    "batch_size",
+    "shard_rows",
+    "max_rows",
+    "column_map",
+    "image_root",
+)
 
 
 @dataclass(frozen=True)
@@ -85,18 +118,16 @@ def main(argv: list[str] | None = None) -> GenerationSummary:
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(name)s: %(message)s")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    checkpoint = resolve_checkpoint(options.model_name_or_path)
-    adapter = load_adapter(checkpoint, policy_options)
-    numerics = resolve_numerics(dtype=options.dtype, bits=None, lora_enable=True, device_type=device.type)  # no float32 master weights
     prompts = load_prompts(
         options.data_path, column_map=parse_column_map(options.column_map), max_rows=options.max_rows, image_root=options.image_root
     )
     refuse_taken_names(prompts)
     folder = ShardFolder(Path(options.output_dir), plan_shards(len(prompts), options.shard_rows))
+    set_up = {"policy": set_up_policy, "endpoint": set_up_endpoint}[options.generator]
+    description, load_generator = set_up(options, policy_options, prompts, decoding)
     manifest = {
-        "policy": describe_reference(checkpoint, adapter, numerics),
+        "policy": description,
         "settings": {name: getattr(options, name) for name in DECIDING},
         "input": fingerprint(options.data_path, prompts),
     }
@@ -105,11 +136,9 @@ def main(argv: list[str] | None = None) -> GenerationSummary:
     start = time.perf_counter()
     written: list[Shard] = []
     if folder.missing():
-        model = load_policy(checkpoint, adapter, dtype=numerics.load_dtype).requires_grad_(False).to(device).eval()
-        stream = WorkStream(PromptEncoder(prompts, adapter), options.num_workers)
-        generator = ShardGenerator(model, adapter, numerics, prompts, stream, decoding, options.batch_size)
+        generator = load_generator()
         with tqdm(total=len(prompts), initial=folder.finished_rows(), desc="generating", unit="prompt", disable=not first) as progress:
-            written = write_missing(folder, lambda shard: generator.table(shard, progress), progress)
+            written = write_missing(folder, lambda shard: answer_table(prompts, generator(shard, progress)), progress)
     seconds = time.perf_counter() - start
     summary = summarize(folder)
     if first:
@@ -144,20 +173,63 @@ class PromptEncoder:
             return row, str(error)
 
 
+# Answers to the prompts of a shard by row; or why a prompt, or one answer to it, has none.
+Answers = dict[int, list[Answer] | list[Answer | str] | str]
+Generator = Callable[[Shard, tqdm], Answers]
+
+
+def set_up_policy(
+    options: GenerationOptions, policy_options: PolicyOptions, prompts: PromptDataset, decoding: Decoding
+) -> tuple[dict[str, Any], Callable[[], Generator]]:
+    """The policy's description for the manifest, and what loads it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    checkpoint = resolve_checkpoint(options.model_name_or_path)
+    adapter = load_adapter(checkpoint, policy_options)
+    numerics = resolve_numerics(dtype=options.dtype, bits=None, lora_enable=True, device_type=device.type)  # no float32 master weights
+
+    def load() -> Generator:
+        model = load_policy(checkpoint, adapter, dtype=numerics.load_dtype).requires_grad_(False).to(device).eval()
+        stream = WorkStream(PromptEncoder(prompts, adapter), options.num_workers)
+        return ShardGenerator(model, adapter, numerics, stream, decoding, options.batch_size)
+
+    return describe_reference(checkpoint, adapter, numerics), load
+
+
+def set_up_endpoint(
+    options: GenerationOptions, _: PolicyOptions, prompts: PromptDataset, decoding: Decoding
+) -> tuple[dict[str, Any], Callable[[], Generator]]:
+    """As `set_up_policy`. Replies are stored per shard: a shard has one writer, and one that was killed goes on with what is there."""
+    server = JudgeOptions(
+        judge="endpoint",
+        judge_model=options.model_name_or_path,
+        judge_base_url=options.base_url,
+        judge_api_key_env=options.api_key_env,
+        judge_concurrency=options.concurrency,
+    )
+    runner = choose_runner(server, os.environ)
+
+    def generate_shard(shard: Shard, progress: tqdm) -> Answers:
+        judge = StoringJudge(server, Path(options.output_dir) / "replies" / f"{Path(shard.name).stem}.replies.jsonl", runner)
+        answers = ask_for_answers(judge, prompts, range(shard.start, shard.stop), decoding)
+        progress.update(len(answers))
+        return answers
+
+    return {"endpoint": options.model_name_or_path}, lambda: generate_shard
+
+
 @dataclass(frozen=True)
 class ShardGenerator:
-    """Makes the rows of a shard."""
+    """Answers to the prompts of a shard, by a policy."""
 
     model: torch.nn.Module
     adapter: PolicyAdapter
     numerics: Numerics
-    prompts: PromptDataset
     stream: WorkStream
     decoding: Decoding
     batch_size: int
 
-    def table(self, shard: Shard, progress: tqdm) -> pa.Table:
-        answers: dict[int, list[Answer] | str] = {}
+    def __call__(self, shard: Shard, progress: tqdm) -> Answers:
+        answers: Answers = {}
         usable: list[tuple[int, EncodedResponses]] = []
         for row, encoded in self.stream.results(range(shard.start, shard.stop)):
             if isinstance(encoded, str):
@@ -172,19 +244,24 @@ class ShardGenerator:
             with self.numerics.autocast(device.type):
                 answers.update(zip(rows, generate(self.model, self.adapter, encoded, rows, self.decoding), strict=True))
             progress.update(len(rows))
-        rows = [answer_row for row in sorted(answers) for answer_row in answer_rows(row, answers[row])]
-        columns = {name: [row[name] for row in rows] for name in ANSWER_FEATURES}
-        return with_columns(self.prompts.table, columns["prompt_row"], ANSWER_FEATURES, columns)
+        return answers
 
 
-def answer_rows(row: int, answers: list[Answer] | str) -> list[dict]:
-    """The values of ANSWER_FEATURES of a prompt's answers; of its failure, when that is what there is."""
-    if isinstance(answers, str):
-        return [{"prompt_row": row, "answer_number": 0, "answer": None, "truncated": None, "failure": answers}]
-    return [
-        {"prompt_row": row, "answer_number": number, "answer": answer.text, "truncated": answer.truncated, "failure": None}
-        for number, answer in enumerate(answers)
-    ]
+def answer_table(prompts: PromptDataset, answers: Answers) -> pa.Table:
+    """The rows of a shard: its prompts' columns with ANSWER_FEATURES."""
+    rows = [answer_row for row in sorted(answers) for answer_row in answer_rows(row, answers[row])]
+    columns = {name: [row[name] for row in rows] for name in ANSWER_FEATURES}
+    return with_columns(prompts.table, columns["prompt_row"], ANSWER_FEATURES, columns)
+
+
+def answer_rows(row: int, answers: list[Answer] | list[Answer | str] | str) -> list[dict]:
+    """The values of ANSWER_FEATURES of a prompt's answers; of failures, where those are what there is."""
+    rows = []
+    for number, answer in enumerate([answers] if isinstance(answers, str) else answers):
+        failure = answer if isinstance(answer, str) else None
+        text, truncated = (None, None) if isinstance(answer, str) else (answer.text, answer.truncated)
+        rows.append({"prompt_row": row, "answer_number": number, "answer": text, "truncated": truncated, "failure": failure})
+    return rows
 
 
 def summarize(folder: ShardFolder) -> GenerationSummary:

@@ -5,6 +5,8 @@
 A runner answers every request once. One that finally fails is a line with the reason, not an exception: what others said is not lost.
 """
 
+import base64
+import io
 import json
 import logging
 import time
@@ -13,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 Body = Mapping[str, Any]  # model, messages, temperature, max_tokens, seed, ...: the JSON that /chat/completions takes
 Line = dict[str, Any]  # {"custom_id", "response": {"status_code", "body"}, "error"}
+
+
+SENT_AS_THEY_ARE = ("JPEG", "PNG", "WEBP", "GIF")  # what servers read
 
 
 class Runner(Protocol):
@@ -37,6 +43,22 @@ def failed(name: str, status: int | None, message: str) -> Line:
     """The line of a request that finally failed; status: HTTP's, None when nothing came back."""
     response = None if status is None else {"status_code": status, "body": {}}
     return {"custom_id": name, "response": response, "error": {"message": message}}
+
+
+def image_url(encoded: bytes, image: Image.Image) -> str:
+    """The file of a picture as a data URL; as PNG where servers may not know its format. image: the same, decoded."""
+    with Image.open(io.BytesIO(encoded)) as opened:
+        kind = opened.format
+    if kind not in SENT_AS_THEY_ARE:
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        kind, encoded = "PNG", buffer.getvalue()
+    return f"data:{Image.MIME[kind]};base64,{base64.b64encode(encoded).decode()}"
+
+
+def image_message(url: str, text: str) -> dict[str, Any]:
+    """A user's message of a picture, by its data URL, and a text."""
+    return {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]}
 
 
 class Endpoint:

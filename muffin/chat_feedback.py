@@ -7,16 +7,12 @@ The two steps are RLAIF-V's (arXiv:2405.17220, section 3.2) with prompts of our 
 questions than there are statements, fails that answer alone, with the reason.
 """
 
-import base64
-import io
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from PIL import Image
-
-from muffin.chat import Body, Line
+from muffin.chat import Body, Line, image_message, image_url
 from muffin.claims import ANSWER_YES_OR_NO, Claim
 from muffin.feedback import NO_WORDS, YES_WORDS, Feedback, Judgement, failed
 from muffin.judge import Judge, StoringJudge, reply_of
@@ -24,7 +20,6 @@ from muffin.pairs import PromptDataset
 
 PROMPT_VERSION = "muffin-claims-1"
 NOTHING = "NONE"
-SENT_AS_THEY_ARE = ("JPEG", "PNG", "WEBP", "GIF")
 
 _ITEM = re.compile(r"^\s*(?:[-*\u2022]|\(?\d+[.):])\s*(.*\S)\s*$")
 
@@ -128,20 +123,8 @@ class ChatLabeler:
         return Feedback(tuple(split), tuple(judgements))
 
     def _body(self, url: str, question: str) -> dict[str, Any]:
-        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
         first_token = {"max_tokens": 1, "temperature": 0.0, "logprobs": True, "top_logprobs": 20}
-        return {"model": self.judge.name, "messages": [{"role": "user", "content": content}], **first_token}
-
-
-def image_url(encoded: bytes, image: Image.Image) -> str:
-    """The file of a picture as a data URL; as PNG where servers may not know its format. image: the same, decoded."""
-    with Image.open(io.BytesIO(encoded)) as opened:
-        kind = opened.format
-    if kind not in SENT_AS_THEY_ARE:
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        kind, encoded = "PNG", buffer.getvalue()
-    return f"data:{Image.MIME[kind]};base64,{base64.b64encode(encoded).decode()}"
+        return {"model": self.judge.name, "messages": [image_message(url, question)], **first_token}
 
 
 def judgement_of(line: Line) -> Judgement:

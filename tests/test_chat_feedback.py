@@ -9,9 +9,9 @@ import datasets
 import pytest
 from PIL import Image
 
-from muffin.chat import answered
+from muffin.chat import answered, image_url
 from muffin.chat import failed as failed_line
-from muffin.chat_feedback import ChatLabeler, ChatSplitter, image_url, judgement_of, parse_list
+from muffin.chat_feedback import ChatLabeler, ChatSplitter, judgement_of, parse_list
 from muffin.claims import Claim
 from muffin.feedback import Judgement
 from muffin.judge import JudgeOptions, Reply, load_judge

@@ -60,6 +60,7 @@ IMPORT_ORDER = (
     "chat",
     "judge",
     "chat_feedback",
+    "chat_generation",
     "pair_selection",
     "hallucination",
     "image_counts",

@@ -1,5 +1,6 @@
 """The way from prompts to pairs by its three recipes: generate_responses, score_claims, build_pairs."""
 
+import base64
 import json
 import math
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from muffin import provenance
+from muffin.chat_generation import request_seed
 from muffin.claims import split_by_rules
 from muffin.generation import Decoding, generate
 from muffin.hallucination import wrong_claims
@@ -224,6 +226,40 @@ def speaking_server(body: dict) -> str | tuple[int, str]:
         return "\n".join(f"{number}. {part}." for number, part in enumerate(parts, 1)) or "NONE"
     items = [line for line in content.splitlines() if line[:1].isdigit()]
     return "\n".join(f"{number}. Is it so: {item}" for number, item in enumerate(items, 1))
+
+
+def test_a_server_generates(run, generation, tmp_path, tiny_rows_path):
+    """Answers name their request's seed; one request fails for good, one answer is cut, one picture is broken."""
+    broken = pq.read_table(tiny_rows_path).slice(0, 3).to_pylist()
+    broken[1]["image"]["bytes"] = b"no image"
+    pq.write_table(pa.Table.from_pylist(broken), tmp_path / "broken.parquet")
+    unlucky, cut = request_seed(7, 0, 1), request_seed(7, 2, 2)
+
+    def answer(body):
+        picture, text = body["messages"][0]["content"]
+        if body["seed"] == unlucky:
+            return 400, "{}"
+        choice = {"message": {"content": f" {body['seed']} {text['text']}\n"}, "finish_reason": "length" if body["seed"] == cut else "stop"}
+        return 200, json.dumps({"model": "m", "choices": [choice]})
+
+    flags = generation | {"data_path": tmp_path / "broken.parquet", "model_name_or_path": "served", "generator": "endpoint", "seed": 7}
+    with serve(answer) as server:
+        summary = run("generate_responses", **flags, base_url=server.url)
+        assert len(server.requests) == 6
+        assert {(body["model"], body["temperature"], body["max_tokens"]) for body in server.requests} == {("served", 0.9, 10)}
+        url = server.requests[0]["messages"][0]["content"][0]["image_url"]["url"]
+        assert base64.b64decode(url.partition(",")[2]) in [row["image"]["bytes"] for row in broken]
+    answers = rows(tmp_path / "answers")
+    assert (summary.prompts, summary.answers, summary.truncated, summary.failures) == (3, 5, 1, 2)
+    expected = [(row, k) for row, count in ((0, 3), (1, 1), (2, 3)) for k in range(count)]
+    assert [(row["prompt_row"], row["answer_number"]) for row in answers] == expected
+    for row, (number, k) in zip(answers, expected, strict=True):
+        if (number, k) == (0, 1) or number == 1:
+            assert row["answer"] is None and ("request failed" if number == 0 else "does not decode") in row["failure"]
+        else:
+            assert row["answer"] == f"{request_seed(7, number, k)} {row['question']}" and row["truncated"] == ((number, k) == (2, 2))
+    with pytest.raises(ValueError, match="--generator endpoint with --base_url None"):
+        run("generate_responses", **flags)
 
 
 def test_a_server_splits_and_labels(run, world_answers, tmp_path):
