@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from muffin.pairs import PreferenceDataset, load_preferences, parse_column_map, resolve_columns
-from muffin.policies import PolicyAdapter, PolicyOptions, load_adapter, load_policy, resolve_checkpoint
+from muffin.policies import PolicyAdapter, PolicyOptions, load_adapter, load_policy, refuse_quantized_lora, resolve_checkpoint
 from muffin.preflight import preflight
 from muffin.provenance import describe_reference, reference_id, resolve_numerics
 from muffin.scoring import (
@@ -57,6 +57,9 @@ class ScoringOptions:
             "bfloat16, full training keeps float32 weights under bfloat16 autocast, and each refuses log-probs made the other way."
         },
     )
+    bits: int | None = field(
+        default=None, metadata={"help": "4 for a policy to be trained with --bits 4 (QLoRA): other log-probs are foreign to it."}
+    )
     batch_tokens: int = field(
         default=8192, metadata={"help": "Tokens of one forward, usually 2048 to 32768; a single longer row still runs."}
     )
@@ -88,11 +91,9 @@ def main(argv: list[str] | None = None) -> ScoringSummary:
     output_dir = Path(options.output_dir)
 
     checkpoint = resolve_checkpoint(options.model_name_or_path)
-    adapter = load_adapter(
-        checkpoint,
-        policy_options,
-    )
-    numerics = resolve_numerics(dtype=options.dtype, bits=None, lora_enable=options.lora_enable, device_type=device.type)
+    refuse_quantized_lora(checkpoint, options.bits)
+    adapter = load_adapter(checkpoint, policy_options)
+    numerics = resolve_numerics(dtype=options.dtype, bits=options.bits, lora_enable=options.lora_enable, device_type=device.type)
     dataset = load_preferences(
         options.data_path,
         column_map=parse_column_map(options.column_map),
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> ScoringSummary:
     run = ScoringRun(rows, dataset.table, output_dir, plan_shards(len(rows), options.shard_rows), frozenset(left_out), options.batch_tokens)
     scored, seconds = 0, 0.0
     if run.missing():
-        model = load_policy(checkpoint, adapter, dtype=numerics.load_dtype).requires_grad_(False).to(device).eval()
+        model = load_policy(checkpoint, adapter, dtype=numerics.load_dtype, bits=numerics.bits).requires_grad_(False).to(device).eval()
         stream = RowStream(rows, adapter, manifest["reference_id"], options.num_workers)
         start = time.perf_counter()
         with tqdm(total=len(rows), initial=run.finished_rows(), desc="scoring", unit="row", disable=not first) as progress:
@@ -146,8 +147,10 @@ def check_rows(rows: PreferenceDataset, adapter: PolicyAdapter, options: Scoring
 def training_command(options: ScoringOptions, policy_options: PolicyOptions, dtype: str, dataset: PreferenceDataset) -> str:
     """The command that trains on the output with equal numerics and encoding."""
     words = ["python", "train/dpo.py", "--model_name_or_path", options.model_name_or_path, "--data_path", options.output_dir]
-    words += ["--output_dir", "RUN", "--dtype", dtype, "--lora_enable", str(options.lora_enable)]
-    words += ["--learning_rate", "1e-5" if options.lora_enable else "5e-7"]
+    lora_enable = options.lora_enable or options.bits is not None  # nothing else can be trained on quantised weights
+    words += ["--output_dir", "RUN", "--dtype", dtype, "--lora_enable", str(lora_enable)]
+    words += [] if options.bits is None else ["--bits", str(options.bits)]
+    words += ["--learning_rate", "1e-5" if lora_enable else "5e-7"]
     words += policy_options.flags()
     if options.column_map:
         words += ["--column_map", options.column_map]

@@ -65,6 +65,10 @@ class PolicyArguments(TrainingArguments):
         },
     )
     lora_enable: bool = field(default=False, metadata={"help": "Train a LoRA adapter on the language model instead of all weights."})
+    bits: int | None = field(
+        default=None,
+        metadata={"help": "4: QLoRA, the language model's weights in nf4 and the forward in bfloat16; needs --lora_enable True."},
+    )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of metrics, usually 1 to 50."})
     logging_first_step: bool = field(default=True, metadata={"help": "Also log the first step, whose DPO loss is ln 2."})
 
@@ -78,6 +82,10 @@ class PolicyArguments(TrainingArguments):
             self.use_cpu = True  # without it transformers refuses bfloat16 on a machine that has nothing but a CPU
         if self.use_cpu and self.fsdp:
             raise ValueError("--fsdp needs a GPU: on a CPU transformers ignores it without a word and runs DDP")
+        if self.bits is not None and not self.lora_enable:
+            raise ValueError(f"--bits {self.bits} needs --lora_enable True: quantised weights cannot be trained, an adapter on them can")
+        if self.bits is not None and self.fsdp:
+            raise ValueError(f"--fsdp cannot shard the weights of --bits {self.bits}, which are packed bytes; leave one of them out")
         autocast = self.numerics.autocast_dtype
         if self.bf16 and autocast is None:
             raise ValueError(
@@ -121,7 +129,7 @@ class PolicyArguments(TrainingArguments):
     @cached_property
     def numerics(self) -> Numerics:
         """What scoring with the same flags computes in; part of the reference id."""
-        return resolve_numerics(dtype=self.dtype, bits=None, lora_enable=self.lora_enable, device_type="cpu" if self.use_cpu else None)
+        return resolve_numerics(dtype=self.dtype, bits=self.bits, lora_enable=self.lora_enable, device_type="cpu" if self.use_cpu else None)
 
     @property
     def shuffle_seed(self) -> int:

@@ -38,6 +38,12 @@ def check_options(model_options: ModelOptions, lora_options: LoraOptions, args: 
         raise ValueError("--freeze_vision_tower False contradicts --lora_enable True, which trains an adapter on the language model alone")
     if lora_options.merge_lora and not args.lora_enable:
         raise ValueError("--merge_lora True needs --lora_enable True; full training saves a full model anyway")
+    if lora_options.merge_lora and args.bits is not None:
+        raise ValueError(
+            f"--merge_lora True contradicts --bits {args.bits}: the adapter was trained on quantised weights, and the merged model would "
+            "compute other log-probs than the trained one; leave it out and give --output_dir itself to later commands, which "
+            "merge the adapter into the base in full precision"
+        )
     if args.lora_enable and checkpoint.lora is not None:
         raise ValueError(
             f"--model_name_or_path {model_options.model_name_or_path} is itself a LoRA adapter; one on top would be loaded without it; "
@@ -70,7 +76,7 @@ def build_policy(
     checkpoint: Checkpoint, adapter: PolicyAdapter, model_options: ModelOptions, lora_options: LoraOptions, args: PolicyArguments
 ) -> nn.Module:
     """The policy with what is to be trained marked as such: a LoRA adapter, or all weights but frozen ones."""
-    policy = load_policy(checkpoint, adapter, dtype=args.numerics.load_dtype)
+    policy = load_policy(checkpoint, adapter, dtype=args.numerics.load_dtype, bits=args.bits)
     if args.lora_enable:
         name = model_options.model_name_or_path
         return add_lora(

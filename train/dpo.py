@@ -1,10 +1,11 @@
-"""Train a policy with DPO on preference data that stores its reference log-probs. Full fine-tuning, or LoRA with --lora_enable True.
+"""Train a policy with DPO on preference data that stores its reference log-probs. Full fine-tuning, LoRA with
+--lora_enable True, or QLoRA with --lora_enable True --bits 4.
 
     python train/dpo.py --model_name_or_path llava-hf/llava-1.5-7b-hf --data_path scored/ --output_dir runs/dpo
 
 Several GPUs: the same command behind `torchrun --nproc_per_node 8`. The data comes from eval/muffin_inference_logp.py run with the same
---model_name_or_path, --dtype, --lora_enable, --prompt_name, --image_aspect_ratio and --model_max_length; log-probs of any other policy are
-refused. Killed: add --resume_from_checkpoint last.
+--model_name_or_path, --dtype, --lora_enable, --bits, --prompt_name, --image_aspect_ratio and --model_max_length; log-probs of any other
+policy are refused. Killed: add --resume_from_checkpoint last.
 
 Output: the model (LoRA: the adapter) with tokenizer and image processor, checkpoint-*/, options.json (every resolved option),
 trainer_state.json (all logged metrics), muffin_reference.json (the reference policy); with --merge_lora True also merged/.
@@ -121,6 +122,7 @@ def scoring_command(
     """The command that stores the log-probs this run needs."""
     words = ["python", "eval/muffin_inference_logp.py", "--model_name_or_path", model_options.model_name_or_path, "--data_path", path]
     words += ["--output_dir", "SCORED", "--dtype", args.dtype, "--lora_enable", str(args.lora_enable)]
+    words += [] if args.bits is None else ["--bits", str(args.bits)]
     words += policy_options.flags()
     for name, value in (("column_map", data_options.column_map), ("image_root", data_options.image_root)):
         words += [f"--{name}", value] if value else []

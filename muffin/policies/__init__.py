@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import BitsAndBytesConfig
 
 from muffin.policies.base import (
     EncodedResponses,
@@ -34,6 +35,7 @@ __all__ = [
     "generation_inputs",
     "load_adapter",
     "load_policy",
+    "refuse_quantized_lora",
     "resolve_checkpoint",
     "save_adapter",
 ]
@@ -103,20 +105,52 @@ def load_adapter(checkpoint: Checkpoint, options: PolicyOptions) -> PolicyAdapte
     return ADAPTERS[model_type].load(checkpoint.base, replace(options, **{**saved, **given}))
 
 
-def load_policy(checkpoint: Checkpoint, adapter: PolicyAdapter, *, dtype: torch.dtype, **from_pretrained: Any) -> nn.Module:
+def load_policy(
+    checkpoint: Checkpoint, adapter: PolicyAdapter, *, dtype: torch.dtype, bits: int | None = None, **from_pretrained: Any
+) -> nn.Module:
     """The checkpoint's model in `dtype`; a LoRA adapter is merged into it, so that scoring and training start from one function.
 
-    Raises ValueError for a LoRA adapter on quantised weights, which cannot be merged without loss.
+    bits: 4 holds the language model's linears as nf4 (QLoRA, https://arxiv.org/abs/2305.14314); the rest, `quantization_skip` of the
+    family, stays in `dtype`. Raises ValueError for a LoRA adapter on quantised weights, which cannot be merged without loss.
     """
+    refuse_quantized_lora(checkpoint, bits)
+    if bits is not None:
+        from_pretrained["quantization_config"] = nf4(adapter.spec)
     model = adapter.load_model(checkpoint.base, dtype=dtype, **from_pretrained)
+    if bits is not None:
+        _keep_differentiable(model)
     if checkpoint.lora is None:
         return model
-    if from_pretrained.get("quantization_config") is not None:
-        raise ValueError(
-            f"{checkpoint.lora} is a LoRA adapter and cannot be merged into quantised weights; "
-            "merge it with train/dpo.py --merge_lora first"
-        )
     return PeftModel.from_pretrained(model, checkpoint.lora).merge_and_unload(safe_merge=True).requires_grad_(True)  # peft froze it
+
+
+def nf4(spec: PolicySpec) -> BitsAndBytesConfig:
+    """QLoRA's quantisation. Naming any module to skip drops bitsandbytes' own list, so the family's names lm_head, too."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=list(spec.quantization_skip),
+    )
+
+
+def _keep_differentiable(model: nn.Module) -> None:
+    """bitsandbytes 0.50 repacks weights on a CPU with AVX512-BF16 in their first forward in eval mode (the reference gate's), for a
+    kernel without backward: training would then go on with gradients that lack every path through a quantised linear.
+    """
+    for module in model.modules():
+        if "support_avx512bf16_for_cpu" in vars(module):
+            module.support_avx512bf16_for_cpu = False
+
+
+def refuse_quantized_lora(checkpoint: Checkpoint, bits: int | None) -> None:
+    """Raise ValueError for a LoRA adapter on quantised weights: merging it would round it to 4 bits."""
+    if bits is not None and checkpoint.lora is not None:
+        raise ValueError(
+            f"{checkpoint.lora} is a LoRA adapter, which --bits {bits} would round with the weights it is merged into; leave --bits out "
+            "(the adapter is then merged into its base in full precision), or give a full model"
+        )
 
 
 def save_adapter(adapter: PolicyAdapter, folder: Path) -> None:
