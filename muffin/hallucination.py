@@ -139,6 +139,24 @@ def wrong_claims(truths: Sequence[Sequence[bool]]) -> Ratio:
     )
 
 
+def claim_ratios(accepted: Sequence[Sequence[bool]]) -> dict[str, Ratio]:
+    """What a labeler thinks of N answers; `accepted` holds one list per answer with what became of each of its claims.
+
+    rejected_claims, accepted_claims: a number per answer. rejected_share: percent of the claims; rejected_answers: percent of the answers.
+    Answers without claims count in what is per answer.
+
+        [[yes, no, no], [yes], []]   ->   rejected_claims 2/3, accepted_claims 2/3, rejected_share 2/4, rejected_answers 1/3
+    """
+    ones = np.ones(len(accepted))
+    rejections = wrong_claims(accepted)
+    return {
+        "rejected_claims": Ratio(rejections.numerators, ones, scale=1.0),
+        "accepted_claims": Ratio(rejections.denominators - rejections.numerators, ones, scale=1.0),
+        "rejected_share": rejections,
+        "rejected_answers": Ratio((rejections.numerators > 0).astype(float), ones),
+    }
+
+
 def mean_words(answers: Sequence[str]) -> Ratio:
     """Words per answer, split at white space."""
     return Ratio(np.array([len(answer.split()) for answer in answers], float), np.ones(len(answers)), scale=1.0)

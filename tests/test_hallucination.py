@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from muffin.hallucination import Ratio, bootstrap_interval, chair_ratios, mean_words, wrong_claims
+from muffin.hallucination import Ratio, bootstrap_interval, chair_ratios, claim_ratios, mean_words, wrong_claims
 
 
 def test_chair_of_three_captions():
@@ -112,3 +112,13 @@ def test_percent_scales_value_and_interval_alike():
 def test_interval_needs_images(numerators, denominators):
     with pytest.raises(ValueError, match=f"{len(numerators)} numerators and {len(denominators)} denominators"):
         bootstrap_interval(np.array(numerators), np.array(denominators))
+
+
+def test_what_a_labeler_thinks_of_answers():
+    ratios = claim_ratios([[True, False, False], [True], []])
+    assert {name: ratio.value for name, ratio in ratios.items()} == {
+        "rejected_claims": pytest.approx(2 / 3),
+        "accepted_claims": pytest.approx(2 / 3),
+        "rejected_share": pytest.approx(100 * 2 / 4),
+        "rejected_answers": pytest.approx(100 / 3),
+    }
