@@ -3,7 +3,7 @@
     python data/generate_responses.py --model_name_or_path llava-hf/llava-1.5-7b-hf --data_path prompts.parquet --output_dir answers/
 
 From a server that speaks OpenAI's protocol (vLLM, SGLang), for speed: --generator endpoint --base_url http://localhost:8000/v1; its replies
-are stored in replies/ as they come.
+are stored in replies/ as they come, and what failed is asked again when its shard is deleted.
 
 Next: data/score_claims.py. Several GPUs: the same command behind `torchrun --nproc_per_node 8`. Processes take shards from a common
 queue, so more may join at any time by running the command on the same --output_dir. Killed: run the command again.

@@ -5,8 +5,10 @@
 The labeler is any policy, or a server that speaks OpenAI's protocol and gives log-probs (--labeler endpoint --labeler_model NAME
 --labeler_base_url http://localhost:8000/v1). Claims come from rules, or from an instruct model: --splitter llm --splitter_model
 FOLDER_OR_HUB_ID, or --splitter endpoint with --splitter_base_url. What models reply is stored in replies/ as it comes, and replays
-without them. Next: data/build_pairs.py. Several GPUs: the same command behind `torchrun --nproc_per_node 8`. Processes take
-shards from a common queue, so more may join at any time by running the command on the same --output_dir. Killed: run the command again.
+without them; to ask again what failed, delete the shard that holds it.
+
+Next: data/build_pairs.py. Several GPUs: the same command behind `torchrun --nproc_per_node 8`. Processes take shards from a common
+queue, so more may join at any time by running the command on the same --output_dir. Killed: run the command again.
 
 Output: shard-*.parquet, the rows of data/generate_responses.py (or any with image, question and answer) with the columns claims,
 claim_questions, p_yes, p_no, score, failure. muffin_labeler.json says who judged. Answers that cannot be judged keep their row, without

@@ -1,6 +1,6 @@
 """What answers chat requests: a server that speaks OpenAI's protocol, or an instruct model loaded here.
 
-    {name: body of a chat completion} --runner--> (name, line of OpenAI's batch output) each, in any order
+    {name: body of a chat completion} --runner--> a line of OpenAI's batch output each, in any order --choice_of--> its first choice
 
 A runner answers every request once. One that finally fails is a line with the reason, not an exception: what others said is not lost.
 """
@@ -8,7 +8,6 @@ A runner answers every request once. One that finally fails is a line with the r
 import base64
 import io
 import json
-import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,17 +18,15 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-logger = logging.getLogger(__name__)
-
 Body = Mapping[str, Any]  # model, messages, temperature, max_tokens, seed, ...: the JSON that /chat/completions takes
 Line = dict[str, Any]  # {"custom_id", "response": {"status_code", "body"}, "error"}
 
-
 SENT_AS_THEY_ARE = ("JPEG", "PNG", "WEBP", "GIF")  # what servers read
+NOT_NOW = (429, 502, 503, 504)  # HTTP statuses of a server that is busy, or that a proxy does not find
 
 
 class Runner(Protocol):
-    """Answers requests; close it by letting it go."""
+    """Answers requests, named by the caller; lines come as they are ready and may be stopped taking at any time."""
 
     def __call__(self, requests: Mapping[str, Body]) -> Iterator[Line]: ...
 
@@ -43,6 +40,24 @@ def failed(name: str, status: int | None, message: str) -> Line:
     """The line of a request that finally failed; status: HTTP's, None when nothing came back."""
     response = None if status is None else {"status_code": status, "body": {}}
     return {"custom_id": name, "response": response, "error": {"message": message}}
+
+
+def choice_of(line: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The first choice of a completion: message with its text in content, finish_reason, logprobs. Raises ValueError with the reason."""
+    response = line.get("response") or {}
+    body = response.get("body") or {}
+    choice = (body.get("choices") or [{}])[0]
+    if response.get("status_code", 200) != 200 or not isinstance((choice.get("message") or {}).get("content"), str):
+        error = line.get("error") or body.get("error") or {}
+        message = error.get("message") if isinstance(error, Mapping) else error
+        raise ValueError(f"request failed: {message or response.get('status_code', 'no reply')}")
+    return choice
+
+
+def unreachable(line: Mapping[str, Any]) -> bool:
+    """Whether nothing came back from a server, or nothing but that it cannot answer now."""
+    response = line.get("response")
+    return response is None or response.get("status_code") in NOT_NOW
 
 
 def image_url(encoded: bytes, image: Image.Image) -> str:
@@ -82,7 +97,7 @@ class Endpoint:
         pool = ThreadPoolExecutor(self._concurrency)
         try:
             asked = [pool.submit(self._ask, name, body) for name, body in requests.items()]
-            for done in tqdm(as_completed(asked), total=len(asked), desc="asking", unit="request"):
+            for done in tqdm(as_completed(asked), total=len(asked), desc="asking", unit="request", leave=False):
                 yield done.result()
         finally:  # also when the caller stops: requests that have not begun are dropped
             pool.shutdown(cancel_futures=True)
@@ -124,7 +139,7 @@ class LocalModel:
         groups: dict[tuple[int, float], list[str]] = {}
         for name, body in requests.items():
             groups.setdefault((body["max_tokens"], body.get("temperature", 1.0)), []).append(name)
-        with tqdm(total=len(requests), desc="asking", unit="request") as progress:
+        with tqdm(total=len(requests), desc="asking", unit="request", leave=False) as progress:
             for (max_tokens, temperature), names in groups.items():
                 size = self._batch_size if temperature == 0 else 1
                 for start in range(0, len(names), size):

@@ -12,10 +12,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from muffin.chat import Body, Line, image_message, image_url
+from muffin.chat import Body, Line, choice_of, image_message, image_url
 from muffin.claims import ANSWER_YES_OR_NO, Claim
 from muffin.feedback import NO_WORDS, YES_WORDS, Feedback, Judgement, failed
-from muffin.judge import Judge, StoringJudge, reply_of
+from muffin.judge import Judge, StoringJudge
 from muffin.pairs import PromptDataset
 
 PROMPT_VERSION = "muffin-claims-1"
@@ -106,7 +106,8 @@ class ChatLabeler:
         unusable: dict[int, str] = {}
         for row, split in claims.items():
             try:
-                url = image_url(self.prompts[row].image_bytes, self.prompts[row].image)
+                prompt = self.prompts[row]
+                url = image_url(prompt.image_bytes, prompt.image)
             except ValueError as error:  # of the row, or of its image
                 unusable[row] = str(error)
                 continue
@@ -129,10 +130,7 @@ class ChatLabeler:
 
 def judgement_of(line: Line) -> Judgement:
     """P(yes) and P(no) of a stored reply. Raises ValueError when the request failed, or when its server gave no log-probs."""
-    reply = reply_of(line)
-    if reply.failure is not None and reply.failure.startswith("request failed"):
-        raise ValueError(reply.failure)
-    tokens = ((line["response"]["body"]["choices"][0].get("logprobs") or {}).get("content")) or []
+    tokens = (choice_of(line).get("logprobs") or {}).get("content") or []
     if not tokens or not tokens[0].get("top_logprobs"):
         raise ValueError("the labeler's server gave no log-probs; want one that answers logprobs and top_logprobs, such as vLLM")
     probabilities = [(entry["token"].strip(), math.exp(entry["logprob"])) for entry in tokens[0]["top_logprobs"]]

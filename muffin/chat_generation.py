@@ -7,7 +7,7 @@ without, and is the reproducible way.
 from collections.abc import Sequence
 from typing import Any
 
-from muffin.chat import Line, image_message, image_url
+from muffin.chat import Line, choice_of, image_message, image_url
 from muffin.generation import Answer, Decoding
 from muffin.judge import StoringJudge
 from muffin.pairs import PromptDataset
@@ -43,8 +43,8 @@ def request_seed(seed: int, row: int, k: int) -> int:
 
 def answer_of(line: Line) -> Answer | str:
     """The answer that a stored reply holds, or why there is none."""
-    choices = ((line.get("response") or {}).get("body") or {}).get("choices") or [{}]
-    text = (choices[0].get("message") or {}).get("content")
-    if not isinstance(text, str):
-        return f"request failed: {(line.get('error') or {}).get('message') or 'no text in the reply'}"
-    return Answer(text.strip(), truncated=choices[0].get("finish_reason") == "length")
+    try:
+        choice = choice_of(line)
+    except ValueError as error:
+        return str(error)
+    return Answer(choice["message"]["content"].strip(), truncated=choice.get("finish_reason") == "length")

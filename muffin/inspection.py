@@ -1,6 +1,6 @@
 """Tables for looking at rewards: beta * (log pi - log pi_ref) of stored rows, per pair and per token, and a run's training curves.
 
-    before, after = load_preferences("scored/"), load_preferences("scored-by-the-trained-policy/")
+    before, after = load_scorings("scored/", "scored-by-the-trained-policy/")
     pairs = pair_rewards(before, after, beta=0.1)        # one row per answer of a pair
     tokens = token_rewards(before, after, beta=0.1)      # one row per token
 
@@ -14,8 +14,8 @@ from typing import Any
 
 import pandas as pd
 
-from muffin.pairs import PreferenceDataset, PreferencePair
-from muffin.provenance import hash_fields
+from muffin.pairs import PreferenceDataset, PreferencePair, load_preferences
+from muffin.provenance import differing, hash_fields, read_reference
 
 SIDES = ("chosen", "rejected")
 
@@ -32,6 +32,25 @@ def training_curves(run: str | Path) -> pd.DataFrame:
     if not history:
         raise ValueError(f"{file} has no logged loss; train with --logging_steps of at most the number of steps")
     return pd.DataFrame(history).set_index("step")
+
+
+def load_scorings(before: str | Path, after: str | Path) -> tuple[PreferenceDataset, PreferenceDataset]:
+    """Two scorings of the same rows, by the reference and by the trained policy, whose difference is the policies' alone.
+
+    before, after: folders of eval/muffin_inference_logp.py. Raises ValueError when either lacks muffin_reference.json, and when they
+    were computed in other numerics, with another tokenizer or under another encoding (prompt, image options).
+    """
+    described = [read_reference(path) for path in (before, after)]
+    for path, reference in zip((before, after), described, strict=True):
+        if reference is None:
+            raise ValueError(f"{path} holds no muffin_reference.json; give the --output_dir of eval/muffin_inference_logp.py")
+    first, second = ({name: each[name] for name in ("numerics", "tokenizer", "encoding")} for each in described)
+    if found := differing(first, second):
+        lines = "\n".join(f"  - {name}: {then} in {before}, {now} in {after}" for name, then, now in found)
+        raise ValueError(
+            f"the two scorings differ in more than the policy, so their difference is no reward:\n{lines}\nScore one of them again"
+        )
+    return load_preferences(before), load_preferences(after)
 
 
 def pair_rewards(before: PreferenceDataset, after: PreferenceDataset, *, beta: float) -> pd.DataFrame:

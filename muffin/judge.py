@@ -9,6 +9,7 @@ same of the same model, and a stored file of them replays a result without the m
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from muffin.chat import Body, Endpoint, Line, LocalModel, Runner
+from muffin.chat import Body, Endpoint, Line, LocalModel, Runner, choice_of, unreachable
 from muffin.provenance import hash_fields, write_atomically
 
 CUT = "reply was cut at --judge_max_tokens"
@@ -117,7 +118,8 @@ class StoringJudge:
     def complete(self, bodies: Sequence[Body]) -> list[Line]:
         """The stored line of every request, in order. A runner is asked again what has failed before.
 
-        Without a runner raises RepliesMissing, after writing the requests, when the file of replies does not know one.
+        Raises ValueError when nobody is there to answer: missing values are for requests, not for a server. Without a runner raises
+        RepliesMissing, after writing the requests, when the file of replies does not know one.
         """
         names = [hash_fields([json.dumps(body, sort_keys=True)])[:32] for body in bodies]
         requests = dict(zip(names, bodies, strict=True))
@@ -129,16 +131,22 @@ class StoringJudge:
         return [self._stored[name] for name in names]
 
     def _run(self, runner: Callable[[], Runner], requests: Mapping[str, Body]) -> None:
-        known = {name for name in requests if name in self._stored and _has_text(self._stored[name])}
+        known = {name for name in requests if name in self._stored and _answered(self._stored[name])}
         waiting = {name: body for name, body in requests.items() if name not in known}
         if not waiting:
             return
         self.replies.parent.mkdir(parents=True, exist_ok=True)
+        _end_last_line(self.replies)
         with self.replies.open("a", encoding="utf-8") as file:
             for line in runner()(waiting):
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.write(json.dumps(line) + "\n")
                 file.flush()
                 self._stored[line["custom_id"]] = line
+        if all(unreachable(self._stored[name]) for name in requests):
+            raise ValueError(
+                f"{self.name} answered none of {len(requests)} requests; {reply_of(self._stored[next(iter(requests))]).failure}. "
+                "Mend that and give the same command again: what is finished is kept"
+            )
 
     def _write_down(self, requests: Mapping[str, Body]) -> None:
         waiting = {name: body for name, body in requests.items() if name not in self._stored}
@@ -202,7 +210,7 @@ class StoredReviews:
         try:
             content = json.loads(text)
         except json.JSONDecodeError:
-            content = [json.loads(line) for line in text.splitlines() if line.strip()]
+            content = [json.loads(line) for line in text.split("\n") if line.strip()]
         self._rows = content if isinstance(content, list) else [content]
         models = {str(row["model"]) for row in self._rows if isinstance(row, dict) and row.get("model")}
         self.name = ", ".join(sorted(models)) or "not stored"
@@ -227,38 +235,52 @@ class StoredReviews:
 def _read_batch(path: Path) -> dict[str, Line]:
     """Lines by custom_id; of several with one name the first that holds a reply counts, so that failures can be asked again."""
     found: dict[str, Line] = {}
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    lines = path.read_text(encoding="utf-8").split("\n")  # a text may hold other characters that str.splitlines takes for line ends
+    for number, text in enumerate(lines, 1):
         if not text.strip():
             continue
         try:
             line = json.loads(text)
             name = line["custom_id"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
+            if number == len(lines) and isinstance(error, json.JSONDecodeError):
+                continue  # without its line end: what a killed run was writing
             raise ValueError(f"{path}, line {number}: want a line of OpenAI's batch output, with custom_id ({error!r})") from error
-        if name not in found or not _has_text(found[name]):
+        if name not in found or not _answered(found[name]):
             found[name] = line
     return found
 
 
-def _has_text(line: Mapping[str, Any]) -> bool:
+def _end_last_line(path: Path) -> None:
+    """Make room for lines behind what another program wrote without a line end; what a killed run was writing is dropped."""
+    content = path.read_bytes() if path.is_file() else b""
+    last = content[content.rfind(b"\n") + 1 :]
+    if last.strip():
+        try:
+            json.loads(last)
+        except ValueError:
+            os.truncate(path, len(content) - len(last))
+        else:
+            with path.open("ab") as file:
+                file.write(b"\n")
+
+
+def _answered(line: Mapping[str, Any]) -> bool:
     """Whether a reply came, be it cut: asked again it would be cut again."""
-    reply = reply_of(line)
-    return reply.text is not None or reply.failure == CUT
+    try:
+        choice_of(line)
+    except ValueError:
+        return False
+    return True
 
 
 def reply_of(line: Mapping[str, Any]) -> Reply:
     """The text of a line of batch output; the reason where there is none, or where the reply was cut."""
-    response = line.get("response") or {}
-    body = response.get("body") or {}
-    choices = body.get("choices") or [{}]
-    text = (choices[0].get("message") or {}).get("content")
-    if response.get("status_code", 200) != 200 or not isinstance(text, str):
-        error = line.get("error") or body.get("error") or {}
-        message = error.get("message") if isinstance(error, Mapping) else error
-        return Reply(None, f"request failed: {message or response.get('status_code', 'no reply')}")
-    if choices[0].get("finish_reason") == "length":
-        return Reply(None, CUT)
-    return Reply(text)
+    try:
+        choice = choice_of(line)
+    except ValueError as error:
+        return Reply(None, str(error))
+    return Reply(None, CUT) if choice.get("finish_reason") == "length" else Reply(choice["message"]["content"])
 
 
 def describe_missing(replies: Sequence[Reply], values: Sequence[Any], unreadable: str) -> dict[str, int]:

@@ -87,11 +87,33 @@ def test_a_request_that_fails_is_a_value_and_tries_have_a_cap(tmp_path):
         assert [reply.text for reply in again] == ["fine", None, None, None, None, "fine"]
 
 
-def test_a_server_that_is_not_there_is_a_failure_not_a_crash(tmp_path):
-    with serve(lambda body: "never") as server:
-        options = options_for(server, judge_retries=0)
-    (reply,) = load_judge(options, tmp_path / "result.json", {}).ask(["x"])
-    assert reply.text is None and "APIConnectionError" in reply.failure
+def test_a_server_that_is_not_there_stops_the_run_and_loses_nothing(tmp_path):
+    """Missing values are for requests that fail among others; with nobody there every row would be one."""
+    with serve(lambda body: (503, "{}") if prompt_of(body) == "busy" else "fine") as server:
+        options, output = options_for(server, judge_retries=0), tmp_path / "result.json"
+        with pytest.raises(ValueError, match="m answered none of 1 requests; request failed: Error code: 503"):
+            load_judge(options, output, {}).ask(["busy"])
+        assert [reply.text for reply in load_judge(options, output, {}).ask(["x", "busy"])] == ["fine", None]
+    with pytest.raises(ValueError, match="m answered none of 2 requests; request failed: APIConnectionError.*same command again"):
+        load_judge(options, output, {}).ask(["y", "z"])
+    assert load_judge(options, output, {}).ask(["x"]) == [Reply("fine")]
+    assert [reply.text for reply in load_judge(options, output, {}).ask(["x", "y"])] == ["fine", None]
+
+
+@pytest.mark.parametrize("end", ['{"custom_id": "half a li', '{"custom_id": "of another program", "response": null}'])
+def test_a_line_that_was_not_ended(end, tmp_path):
+    """What a kill cut off is dropped and asked again; a whole last line without a line end stays, and new ones go below it."""
+    with serve(lambda body: "one\u2028line\x85" + prompt_of(body)) as server:  # characters that are line ends to str.splitlines
+        options, output, replies = options_for(server), tmp_path / "result.json", tmp_path / "result.replies.jsonl"
+        first = load_judge(options, output, {}).ask(["a"])
+        with replies.open("a") as file:
+            file.write(end)
+        assert load_judge(options, output, {}).ask(["a", "b"]) == [*first, Reply("one\u2028line\x85b")]
+        assert len(server.requests) == 2
+        names = [json.loads(line)["custom_id"] for line in replies.read_text().split("\n") if line]
+        assert len(names) == 2 + ("another" in end)
+        load_judge(options, output, {}).ask(["a", "b"])
+        assert len(server.requests) == 2
 
 
 def test_a_kill_between_replies_loses_none(tmp_path):

@@ -6,9 +6,9 @@ import datasets
 import pytest
 import torch
 
-from muffin.inspection import pair_rewards, token_rewards, training_curves
+from muffin.inspection import load_scorings, pair_rewards, token_rewards, training_curves
 from muffin.pairs import load_preferences
-from tests.scored import six_values
+from tests.scored import scored_rows, six_values, write_rows
 from tests.tiny import preference_rows
 
 
@@ -34,6 +34,19 @@ def test_rewards_are_beta_times_the_difference_whatever_the_order_of_rows(tmp_pa
     tokens = token_rewards(before, after, beta=0.2)
     assert tokens[tokens.position == 1].reward.tolist() == pytest.approx([0.1, -0.1, -0.2, 0.0, -0.1])
     assert tokens.token.tolist() == [0, 1, 0, 1, 2] * 3
+
+
+def test_scorings_differ_in_nothing_but_the_policy(tmp_path, tiny_llava_path, tiny_rows_path):
+    rows, reference = scored_rows(tiny_llava_path, tiny_rows_path)
+    before = write_rows(tmp_path / "before", rows, reference)
+    trained = write_rows(tmp_path / "trained", rows, reference | {"weights": "other"})
+    assert [len(each) for each in load_scorings(before, trained)] == [24, 24]
+    half = write_rows(tmp_path / "half", rows, reference | {"numerics": reference["numerics"] | {"autocast_dtype": "bfloat16"}})
+    with pytest.raises(ValueError, match=r"in more than the policy.*\n  - numerics: .*'autocast_dtype': None.* in .*before, .*bfloat16"):
+        load_scorings(before, half)
+    (trained / "muffin_reference.json").unlink()
+    with pytest.raises(ValueError, match="trained holds no muffin_reference.json"):
+        load_scorings(before, trained)
 
 
 def test_only_shared_rows_count_and_none_is_an_error(tmp_path):
