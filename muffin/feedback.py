@@ -111,14 +111,21 @@ class EncodedQuestions:
 
 
 def encode_questions(adapter: PolicyAdapter, image: Image.Image, questions: Sequence[str]) -> EncodedQuestions:
-    """Encode distinct questions about an image. Raises ValueError when the tokenizer cannot tell yes from no."""
+    """Encode distinct questions about an image, which is preprocessed once. Raises ValueError when the tokenizer cannot tell yes from no.
+
+    Of an image that the family cannot take every question is refused.
+    """
+    try:
+        seen = adapter.see(image)
+    except ValueError as error:
+        return EncodedQuestions((), dict.fromkeys(questions, str(error)), None, 0, 0)
     prompts: dict[str, EncodedResponses] = {}
     refused: dict[str, str] = {}
     yes: list[int] = []
     no: list[int] = []
     for question in questions:
         try:
-            encoded = adapter.encode(image, question, () if prompts else (*YES_WORDS, *NO_WORDS))
+            encoded = adapter.encode_seen(seen, question, () if prompts else (*YES_WORDS, *NO_WORDS))
         except ValueError as error:
             refused[question] = f"{error} (asked: {question!r})"
             continue

@@ -132,11 +132,11 @@ def test_words_that_begin_with_one_token_count_once(model, adapter, images):
     """With "yes" and "Yes" one token (a lower-casing tokenizer), P(yes) is its probability and not twice that."""
     ids = {word: adapter.tokenizer(f"ASSISTANT: {word}").input_ids[-1] for word in ("yes", "no")}
 
-    def encode(image, question, responses):
-        encoded = adapter.encode(image, question, responses)
+    def encode_seen(seen, question, responses):
+        encoded = adapter.encode_seen(seen, question, responses)
         return replace(encoded, response_ids=tuple(torch.tensor([ids[response.lower()], 2]) for response in responses))
 
-    questions = encode_questions(SimpleNamespace(encode=encode), opened(images[0]), QUESTIONS[:1])
+    questions = encode_questions(SimpleNamespace(see=adapter.see, encode_seen=encode_seen), opened(images[0]), QUESTIONS[:1])
     assert (questions.yes_tokens, questions.no_tokens) == (1, 1)
     (judged,) = judge_questions(model, adapter, [questions])
     with torch.no_grad():
@@ -146,11 +146,19 @@ def test_words_that_begin_with_one_token_count_once(model, adapter, images):
 
 
 def test_tokenizer_that_cannot_tell_yes_from_no(adapter, images):
-    def encode(image, question, responses):
-        return replace(adapter.encode(image, question, ()), response_ids=tuple(torch.tensor([0, 2]) for _ in responses))
+    def encode_seen(seen, question, responses):
+        return replace(adapter.encode_seen(seen, question, ()), response_ids=tuple(torch.tensor([0, 2]) for _ in responses))
 
     with pytest.raises(ValueError, match="want none in common"):
-        encode_questions(SimpleNamespace(encode=encode), opened(images[0]), QUESTIONS[:1])
+        encode_questions(SimpleNamespace(see=adapter.see, encode_seen=encode_seen), opened(images[0]), QUESTIONS[:1])
+
+
+def test_an_image_that_the_labeler_cannot_take_refuses_every_question(images):
+    def see(image):
+        raise ValueError("too wide")
+
+    questions = encode_questions(SimpleNamespace(see=see), opened(images[0]), QUESTIONS[:2])
+    assert questions.encoded is None and questions.refused == dict.fromkeys(QUESTIONS[:2], "too wide")
 
 
 def test_nan_stops(tiny_llava_path, adapter, images):

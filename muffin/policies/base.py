@@ -88,6 +88,18 @@ class EncodedResponses:
     position_ids: Tensor
 
 
+@dataclass(frozen=True)
+class SeenImage:
+    """An image as a family's model takes it: decoded and preprocessed once, for any number of prompts about it.
+
+    vision, vision_key: as in EncodedResponses. text: what stands for the image in a prompt.
+    """
+
+    vision: dict[str, Tensor]
+    vision_key: str
+    text: str
+
+
 class PolicyAdapter(Protocol):
     """One model family. Implementations: see `muffin.policies.ADAPTERS`."""
 
@@ -106,11 +118,19 @@ class PolicyAdapter(Protocol):
         """Load the weights of `path`. Raises ValueError on any missing or unexpected key."""
         ...
 
-    def encode(self, image: Image.Image, question: str, responses: Sequence[str]) -> EncodedResponses:
-        """Tokenise one prompt and its responses.
+    def see(self, image: Image.Image) -> SeenImage:
+        """Preprocess an image. Raises ValueError for one that the family cannot take."""
+        ...
+
+    def encode_seen(self, seen: SeenImage, question: str, responses: Sequence[str]) -> EncodedResponses:
+        """Tokenise one prompt about an image and its responses.
 
         Raises ValueError when the prompt leaves no room for a response within model_max_length, or when a text holds a special token.
         """
+        ...
+
+    def encode(self, image: Image.Image, question: str, responses: Sequence[str]) -> EncodedResponses:
+        """`encode_seen` of the image seen; for several prompts about one image see it once."""
         ...
 
     def cat_vision(self, vision: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -246,7 +266,7 @@ class ChatPolicy(ABC):
     """Base of families whose prompt is control tokens around an image and a question, and ends where the answer begins.
 
     Prompt and responses are tokenised apart: an answer that begins with a line break must not merge with the prompt's last one, since a
-    generated answer cannot either. Subclasses set `spec`, the attributes that `__init__` does not, and define `_see`.
+    generated answer cannot either. Subclasses set `spec`, the attributes that `__init__` does not, and define `see`.
     """
 
     spec: PolicySpec
@@ -263,7 +283,7 @@ class ChatPolicy(ABC):
         self._control_texts = tuple(sorted({*control_texts(tokenizer), terminator, image_token}))
 
     @abstractmethod
-    def _see(self, image: Image.Image) -> tuple[dict[str, Tensor], str]:
+    def see(self, image: Image.Image) -> SeenImage:
         """The image's tensors, and the text that stands for it in the prompt (one image token per feature)."""
 
     def _question(self, question: str) -> str:
@@ -274,14 +294,16 @@ class ChatPolicy(ABC):
         return torch.arange(len(prompt_ids))
 
     def encode(self, image: Image.Image, question: str, responses: Sequence[str]) -> EncodedResponses:
+        return self.encode_seen(self.see(image), question, responses)
+
+    def encode_seen(self, seen: SeenImage, question: str, responses: Sequence[str]) -> EncodedResponses:
         refuse_control_texts(self._control_texts, question, responses)
-        vision, image_text = self._see(image)
         before, after = self._prompt
-        prompt_ids = torch.tensor(self._ids(f"{before}{image_text}{self._question(question)}{after}"))
+        prompt_ids = torch.tensor(self._ids(f"{before}{seen.text}{self._question(question)}{after}"))
         image_tokens = int((prompt_ids == self.image_token_id).sum())
         room = room_for_response(len(prompt_ids), image_tokens, self.model_max_length)
         response_ids = tuple(torch.tensor(self._ids(response + self._terminator)[:room]) for response in responses)
-        return EncodedResponses(prompt_ids, response_ids, vision, vision_key(vision), self._position_ids(prompt_ids, vision))
+        return EncodedResponses(prompt_ids, response_ids, seen.vision, seen.vision_key, self._position_ids(prompt_ids, seen.vision))
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids

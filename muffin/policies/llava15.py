@@ -38,6 +38,7 @@ from muffin.policies.base import (
     EncodedResponses,
     PolicyOptions,
     PolicySpec,
+    SeenImage,
     checkpoint_folder,
     control_texts,
     flat_text_config,
@@ -187,16 +188,22 @@ class Llava15Policy:
             return load_original_model(path, **from_pretrained)
         return load_whole(LlavaForConditionalGeneration, path, config=_config(path), **from_pretrained)
 
+    def see(self, image: Image.Image) -> SeenImage:
+        vision = {"pixel_values": self.image_processor(image, return_tensors="pt").pixel_values}
+        return SeenImage(vision, vision_key(vision), IMAGE_TOKEN)
+
     def encode(self, image: Image.Image, question: str, responses: Sequence[str]) -> EncodedResponses:
+        return self.encode_seen(self.see(image), question, responses)
+
+    def encode_seen(self, seen: SeenImage, question: str, responses: Sequence[str]) -> EncodedResponses:
         refuse_control_texts(self._control_texts, question, responses)
-        prompt = f"{SYSTEM_PROMPTS[self.prompt_name]}USER: {IMAGE_TOKEN}\n{question} ASSISTANT:"
+        prompt = f"{SYSTEM_PROMPTS[self.prompt_name]}USER: {seen.text}\n{question} ASSISTANT:"
         prompt_ids = self.tokenizer(prompt).input_ids
         room = room_for_response(len(prompt_ids) - 1 + self.num_image_tokens, self.num_image_tokens, self.model_max_length)
         response_ids = tuple(self._response_ids(prompt, prompt_ids, response)[:room] for response in responses)
         at = prompt_ids.index(self.image_token_id)
         expanded = torch.tensor(prompt_ids[:at] + [self.image_token_id] * self.num_image_tokens + prompt_ids[at + 1 :])
-        vision = {"pixel_values": self.image_processor(image, return_tensors="pt").pixel_values}
-        return EncodedResponses(expanded, response_ids, vision, vision_key(vision), torch.arange(len(expanded)))
+        return EncodedResponses(expanded, response_ids, seen.vision, seen.vision_key, torch.arange(len(expanded)))
 
     def _response_ids(self, prompt: str, prompt_ids: list[int], response: str) -> Tensor:
         ids = self.tokenizer(f"{prompt} {response}{self.tokenizer.eos_token}").input_ids

@@ -17,7 +17,17 @@ from transformers import AutoTokenizer, MiniCPMV4_6Config, PreTrainedTokenizerBa
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
-from muffin.policies.base import ChatPolicy, PolicyOptions, PolicySpec, flat_rows, load_whole, refuse_options, templates_prompt
+from muffin.policies.base import (
+    ChatPolicy,
+    PolicyOptions,
+    PolicySpec,
+    SeenImage,
+    flat_rows,
+    load_whole,
+    refuse_options,
+    templates_prompt,
+    vision_key,
+)
 
 # Text before the image and after the question. no_think closes the empty thought that Qwen3.5 templates put before a plain answer.
 PROMPTS = {
@@ -132,7 +142,7 @@ class MiniCPMVPolicy(ChatPolicy):
         mode = self.image_processor.downsample_mode
         return load_whole(MiniCPMV4_6ForConditionalGeneration, path, downsample_mode=mode, **from_pretrained)
 
-    def _see(self, image: Image.Image) -> tuple[dict[str, Tensor], str]:
+    def see(self, image: Image.Image) -> SeenImage:
         processed = self.image_processor(image, return_tensors="pt")
         target_sizes = processed["target_sizes"].long()
         counts = (target_sizes.prod(dim=-1) // DOWNSAMPLE_MODES[self.image_processor.downsample_mode]).tolist()
@@ -142,7 +152,7 @@ class MiniCPMVPolicy(ChatPolicy):
             "target_sizes": target_sizes,
             "units_per_image": torch.tensor([len(target_sizes)]),
         }
-        return vision, self._image_text(counts, *grid) + "\n"
+        return SeenImage(vision, vision_key(vision), self._image_text(counts, *grid) + "\n")
 
     def _image_text(self, counts: list[int], rows: int, columns: int) -> str:
         """Placeholders of the overview and of each slice, a line per row of slices; counts: image tokens per unit."""

@@ -36,11 +36,13 @@ from muffin.policies.base import (
     ChatPolicy,
     PolicyOptions,
     PolicySpec,
+    SeenImage,
     flat_rows,
     flat_text_config,
     load_whole,
     refuse_options,
     templates_prompt,
+    vision_key,
 )
 
 # Text before the image and after the question.
@@ -295,7 +297,7 @@ class MiniCPMV2Policy(ChatPolicy):
         config.image_token_id = self.image_token_id
         return load_whole(MiniCPMV, path, config=config, **from_pretrained)
 
-    def _see(self, image: Image.Image) -> tuple[dict[str, Tensor], str]:
+    def see(self, image: Image.Image) -> SeenImage:
         units, grid = self.slicing.cut(image)
         patch = self.slicing.patch_size
         vision = {
@@ -303,7 +305,7 @@ class MiniCPMV2Policy(ChatPolicy):
             "target_sizes": torch.tensor([(unit.height // patch, unit.width // patch) for unit in units]),
             "units_per_image": torch.tensor([len(units)]),
         }
-        return vision, self._image_text(grid) + "\n"
+        return SeenImage(vision, vision_key(vision), self._image_text(grid) + "\n")
 
     def _image_text(self, grid: tuple[int, int] | None) -> str:
         """Placeholders of the overview and, with a grid of (columns, rows), of the slices, a line per row."""

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from muffin.policies.base import ChatPolicy, PolicyOptions, PolicySpec, load_whole, refuse_options, templates_prompt
+from muffin.policies.base import ChatPolicy, PolicyOptions, PolicySpec, SeenImage, load_whole, refuse_options, templates_prompt, vision_key
 
 # Text before the image and after the question; Qwen2.5-VL's template puts a system message in front, Qwen3-VL's does not.
 _QUESTION = ("<|im_start|>user\n<|vision_start|>", "<|im_end|>\n<|im_start|>assistant\n")
@@ -144,11 +144,11 @@ class QwenVLPolicy(ChatPolicy):
     def load_model(self, path: Path, **from_pretrained: Any) -> nn.Module:
         return load_whole(self.model_class, path, **from_pretrained)
 
-    def _see(self, image: Image.Image) -> tuple[dict[str, Tensor], str]:
+    def see(self, image: Image.Image) -> SeenImage:
         processed = self.image_processor(image, return_tensors="pt")
         vision = {"pixel_values": processed["pixel_values"], "image_grid_thw": processed["image_grid_thw"]}
         tokens = int(vision["image_grid_thw"].prod()) // self.image_processor.merge_size**2
-        return vision, IMAGE_TOKEN * tokens + IMAGE_END
+        return SeenImage(vision, vision_key(vision), IMAGE_TOKEN * tokens + IMAGE_END)
 
     def _position_ids(self, prompt_ids: Tensor, vision: dict[str, Tensor]) -> Tensor:
         """(3, L): text counts on all three axes; image tokens stand at (0, row, column) from where the text stopped."""

@@ -23,6 +23,7 @@ from transformers import BitsAndBytesConfig
 
 from muffin import attention
 from muffin.attention import check_prefix_sharing, decoder_config, packed_attention
+from muffin.feedback import encode_questions
 from muffin.logps import response_logps
 from muffin.packing import PackedBatch, PromptSpan, pack
 from muffin.pairs import PreferencePair
@@ -177,6 +178,25 @@ def test_pair_that_truncation_makes_equal_is_refused(case):
 def test_equal_images_have_equal_keys(case):
     keys = [case.adapter.encode(noise(70, 40, seed), "What?", ()).vision_key for seed in (0, 0, 1)]
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_an_image_is_seen_once_for_many_prompts(case, monkeypatch):
+    """Its tensors are shared, not copied, and each prompt is what `encode` makes of image and question."""
+    asked = {"What is there?": ("A red ring.", "红色"), "Is it red?": (), "Describe the picture.\nAll of it": ("12",)}
+    alone = [case.adapter.encode(PICTURES[0], question, responses) for question, responses in asked.items()]
+    seen = case.adapter.see(PICTURES[0])
+    together = [case.adapter.encode_seen(seen, question, responses) for question, responses in asked.items()]
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one.prompt_ids, other.prompt_ids) and torch.equal(one.position_ids, other.position_ids)
+        assert [ids.tolist() for ids in one.response_ids] == [ids.tolist() for ids in other.response_ids]
+        assert one.vision_key == other.vision_key and other.vision is seen.vision
+        assert one.vision.keys() == other.vision.keys() and all(torch.equal(one.vision[name], other.vision[name]) for name in one.vision)
+
+    images = []
+    see = type(case.adapter).see
+    monkeypatch.setattr(type(case.adapter), "see", lambda self, image: images.append(image) or see(self, image))
+    questions = encode_questions(case.adapter, PICTURES[0], list(asked))
+    assert questions.questions == tuple(asked) and images == [PICTURES[0]]
 
 
 # --- log-probs
