@@ -57,6 +57,7 @@ class GenerationOptions:
     concurrency: int = field(default=8, metadata={"help": "Requests that a server is asked at a time, 1 to 64."})
     num_answers: int = field(default=10, metadata={"help": "Answers per prompt; RLAIF-V takes 10."})
     temperature: float = field(default=0.7, metadata={"help": "Of sampling, usually 0.5 to 1; 0 is greedy, with --num_answers 1."})
+    num_beams: int = field(default=1, metadata={"help": "Beams of a beam search, usually 3 to 5, with --temperature 0; 1 searches none."})
     max_new_tokens: int = field(default=512, metadata={"help": "Limit on an answer, in tokens; longer ones are cut and marked."})
     seed: int = field(
         default=0, metadata={"help": "Of all draws; each answer has its own, from the seed, its prompt's row and its number."}
@@ -83,6 +84,8 @@ class GenerationOptions:
             raise ValueError(
                 f"--generator {self.generator} with --base_url {self.base_url}: --generator endpoint has a server, policy none"
             )
+        if self.generator == "endpoint" and self.num_beams > 1:
+            raise ValueError(f"--generator endpoint with --num_beams {self.num_beams}: OpenAI's protocol has no beams; search them here")
 
 
 OPTIONS = (PolicyOptions, GenerationOptions)
@@ -90,6 +93,7 @@ DECIDING = (
     "generator",
     "num_answers",
     "temperature",
+    "num_beams",
     "max_new_tokens",
     "seed",
     "batch_size",
@@ -113,7 +117,7 @@ class GenerationSummary:
 
 def main(argv: list[str] | None = None) -> GenerationSummary:
     policy_options, options = HfArgumentParser(OPTIONS).parse_args_into_dataclasses(args=argv, look_for_args_file=False)
-    decoding = Decoding(options.num_answers, options.temperature, options.max_new_tokens, options.seed)
+    decoding = Decoding(options.num_answers, options.temperature, options.max_new_tokens, options.seed, options.num_beams)
     first = int(os.environ.get("RANK", 0)) == 0  # set by torchrun, as is LOCAL_RANK
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(name)s: %(message)s")
     if torch.cuda.is_available():

@@ -6,6 +6,8 @@ A token is drawn by the Gumbel-max trick (Maddison et al. 2014, arXiv:1411.0030,
 of softmax(logits / T). Every answer's noise comes from a generator of its own, so in float32 a draw does not depend on what else is in
 the batch, on the order of prompts or on the number of processes (only rounding of the logits does; a flip needs two scores that agree
 to 1e-6). bfloat16 logits differ between batches by enough to change some answers.
+
+With several beams the answer is transformers' beam search; nothing is drawn.
 """
 
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 import datasets
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from muffin.attention import decoder_config
 from muffin.policies.base import EncodedResponses, PolicyAdapter, generation_inputs
@@ -22,6 +24,7 @@ from muffin.provenance import hash_fields
 
 NOISE_VALUES = 1 << 16  # noise of a sequence is drawn for as many steps at a time as fit into this many values
 FINISHED_SHARE = 0.25  # finished answers leave the batch once they are this share of it
+NAN_LOGITS = "the model's logits are NaN; check its weights, or generate with --dtype float32"
 
 # What an answer adds to the columns of its prompt. A prompt that cannot be encoded has one row, without answer and with the reason.
 ANSWER_FEATURES = datasets.Features(
@@ -41,12 +44,14 @@ class Decoding:
 
     num_answers: K answers per prompt. temperature: 0 takes the most probable token every time (greedy), which needs K = 1.
     max_new_tokens: limit on an answer, terminator included. seed: of all draws, together with each prompt's row number and k.
+    num_beams: more than 1 searches for the most probable answer (per token), with temperature 0.
     """
 
     num_answers: int = 10
     temperature: float = 0.7
     max_new_tokens: int = 512
     seed: int = 0
+    num_beams: int = 1
 
     def __post_init__(self) -> None:
         if self.num_answers < 1 or self.max_new_tokens < 1:
@@ -55,6 +60,10 @@ class Decoding:
             raise ValueError(f"--temperature {self.temperature} must be 0 (greedy) or a positive number")
         if self.temperature == 0 and self.num_answers > 1:
             raise ValueError(f"--temperature 0 gives --num_answers {self.num_answers} equal answers; use --num_answers 1")
+        if self.num_beams < 1:
+            raise ValueError(f"--num_beams {self.num_beams} must be at least 1; 1 searches no beams")
+        if self.num_beams > 1 and self.temperature > 0:
+            raise ValueError(f"--num_beams {self.num_beams} draws nothing; use it with --temperature 0, not {self.temperature}")
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,10 @@ def generate(
     limits = [min(decoding.max_new_tokens, adapter.model_max_length - len(prompt.prompt_ids)) for prompt in prompts]
     keys = [(decoding.seed, row, k) for row in rows for k in range(decoding.num_answers)]
     with torch.no_grad():
-        tokens = _decode(model, adapter, prompts, limits, keys, decoding)
+        if decoding.num_beams > 1:
+            tokens = _search_beams(model, adapter, prompts, limits, decoding.num_beams)
+        else:
+            tokens = _decode(model, adapter, prompts, limits, keys, decoding)
     answers = []
     for sequence, ids in enumerate(tokens.tolist()):
         ids = ids[: limits[sequence // decoding.num_answers]]
@@ -138,8 +150,44 @@ def _decode(
             **fixed,
         ).logits[:, -1]
     if broken:
-        raise ValueError("the model's logits are NaN; check its weights, or generate with --dtype float32")
+        raise ValueError(NAN_LOGITS)
     return tokens.cpu()
+
+
+def _search_beams(
+    model: nn.Module, adapter: PolicyAdapter, prompts: Sequence[EncodedResponses], limits: Sequence[int], num_beams: int
+) -> Tensor:
+    """(P, longest limit) token ids of each prompt's best beam, on the CPU, filled up with the terminator."""
+    device = next(model.parameters()).device
+    tokens = torch.full((len(prompts), max(limits)), adapter.terminator_id)
+    for limit in sorted(set(limits)):  # the best beam under a limit is not the beginning of the best under a higher one
+        rows = [row for row, own in enumerate(limits) if own == limit]
+        inputs = {name: tensor.to(device) for name, tensor in generation_inputs(adapter, [prompts[row] for row in rows]).items()}
+        # everything that bears on the result is named: a checkpoint's generation_config.json may say otherwise
+        found = model.generate(
+            **inputs,
+            num_beams=num_beams,
+            do_sample=False,
+            max_new_tokens=limit,
+            min_new_tokens=0,
+            length_penalty=1.0,
+            early_stopping=False,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            num_return_sequences=1,
+            eos_token_id=adapter.terminator_id,
+            pad_token_id=adapter.terminator_id,
+            logits_processor=LogitsProcessorList([_RefuseNaN()]),
+        )[:, inputs["input_ids"].shape[1] :].cpu()
+        tokens[rows, : found.shape[1]] = found
+    return tokens
+
+
+class _RefuseNaN(LogitsProcessor):
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if scores.isnan().any():
+            raise ValueError(NAN_LOGITS)
+        return scores
 
 
 def _left_padded_positions(prompts: Sequence[EncodedResponses]) -> Tensor:

@@ -3,6 +3,8 @@
 import io
 import random
 from collections import Counter
+from copy import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -85,6 +87,74 @@ def test_greedy_is_transformers_greedy(model, adapter, prompts, bonus):
     found = generate(EagerToStop(model, adapter.terminator_id, bonus), adapter, prompts, range(5), Decoding(1, 0.0, 24))
     assert found == expected
     assert {answer.truncated for (answer,) in found} == ({True} if bonus == 0 else {True, False})
+
+
+# --- beams
+
+
+@torch.no_grad()
+def plain_beams(model, adapter, prompt: EncodedResponses, num_beams: int, steps: int, bonus: float) -> Answer:
+    """The best answer by its definition: whole forwards, no cache; ended beams are put aside, scored by their mean log-prob."""
+    beams, ended = [((), 0.0)], []
+    for step in range(1, steps + 1):
+        longer = []
+        for ids, score in beams:
+            inputs = generation_inputs(adapter, [replace(prompt, prompt_ids=torch.cat([prompt.prompt_ids, torch.tensor(ids).long()]))])
+            logits = model(**inputs).logits[0, -1]
+            logits[adapter.terminator_id] += bonus
+            values, words = logits.log_softmax(-1).topk(2 * num_beams)
+            longer += [((*ids, word), score + value) for value, word in zip(values.tolist(), words.tolist(), strict=True)]
+        longer = sorted(longer, key=lambda beam: -beam[1])[: 2 * num_beams]
+        ended += [(score / step, ids) for ids, score in longer[:num_beams] if ids[-1] == adapter.terminator_id]
+        ended = sorted(ended, reverse=True)[:num_beams]
+        beams = [beam for beam in longer if beam[0][-1] != adapter.terminator_id][:num_beams]
+        if len(ended) == num_beams and beams[0][1] / step <= ended[-1][0]:
+            break
+    else:
+        ended += [(score / steps, ids) for ids, score in beams]
+    ids = max(ended)[1]
+    truncated = ids[-1] != adapter.terminator_id
+    return Answer(adapter.tokenizer.decode(ids if truncated else ids[:-1], skip_special_tokens=True).strip(), truncated)
+
+
+@pytest.fixture
+def own_model(tiny_llava_path, adapter) -> nn.Module:
+    """One to be changed."""
+    return load_policy(Checkpoint(tiny_llava_path), adapter, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("bonus", [0.0, 2.0])
+def test_beams_find_the_best_answer_of_a_plain_search(own_model, adapter, prompts, bonus):
+    """In one batch, whatever the checkpoint's own generation config says."""
+    own_model.generation_config.update(repetition_penalty=3.0, length_penalty=-5.0, no_repeat_ngram_size=1)
+    expected = [[plain_beams(own_model, adapter, prompt, 3, 7, bonus)] for prompt in prompts]
+    own_model.lm_head.register_forward_hook(lambda module, args, logits: add_at(logits, adapter.terminator_id, bonus))
+    found = generate(own_model, adapter, prompts, range(5), Decoding(1, 0.0, 7, num_beams=3))
+    assert found == expected and found == generate(own_model, adapter, prompts, range(5), Decoding(1, 0.0, 7, seed=9, num_beams=3))
+    assert found != generate(own_model, adapter, prompts, range(5), Decoding(1, 0.0, 7)), "greedy is another search"
+    assert {answer.truncated for (answer,) in found} == ({True} if bonus == 0 else {True, False})
+
+
+def add_at(logits: torch.Tensor, word: int, bonus: float) -> torch.Tensor:
+    logits = logits.clone()
+    logits[..., word] += bonus
+    return logits
+
+
+def test_beams_end_at_each_prompts_own_limit(model, adapter, prompts):
+    longest = max(len(prompt.prompt_ids) for prompt in prompts)
+    cramped = copy(adapter)
+    cramped.model_max_length = longest + 3
+    found = generate(model, cramped, prompts, range(5), Decoding(1, 0.0, 6, num_beams=2))
+    limits = [min(6, longest + 3 - len(prompt.prompt_ids)) for prompt in prompts]
+    assert len(set(limits)) > 1
+    assert found == [[plain_beams(model, adapter, prompt, 2, limit, 0.0)] for prompt, limit in zip(prompts, limits, strict=True)]
+
+
+def test_nan_stops_beams(own_model, adapter, prompts):
+    own_model.lm_head.register_forward_hook(lambda module, args, logits: logits * float("nan"))
+    with pytest.raises(ValueError, match="logits are NaN"):
+        generate(own_model, adapter, prompts, range(5), Decoding(1, 0.0, 4, num_beams=2))
 
 
 # --- sampling: the same draws however the work is cut
@@ -224,6 +294,8 @@ def test_packed_attention_is_refused(model, adapter, prompts):
         ({"temperature": -1.0}, "--temperature -1.0 must be 0"),
         ({"num_answers": 0}, "--num_answers 0"),
         ({"max_new_tokens": 0}, "--max_new_tokens 0"),
+        ({"num_beams": 0}, "--num_beams 0"),
+        ({"num_beams": 3}, "--num_beams 3 draws nothing; use it with --temperature 0, not 0.7"),
     ],
 )
 def test_contradictory_decoding_is_refused(values, message):

@@ -260,6 +260,24 @@ def test_a_server_generates(run, generation, tmp_path, tiny_rows_path):
             assert row["answer"] == f"{request_seed(7, number, k)} {row['question']}" and row["truncated"] == ((number, k) == (2, 2))
     with pytest.raises(ValueError, match="--generator endpoint with --base_url None"):
         run("generate_responses", **flags)
+    beams = flags | {"num_answers": 1, "temperature": 0, "num_beams": 2}
+    with pytest.raises(ValueError, match="--generator endpoint with --num_beams 2"):
+        run("generate_responses", **beams, base_url="http://localhost:1/v1")
+
+
+def test_beams(run, generation, tmp_path):
+    flags = generation | {"num_answers": 1, "temperature": 0, "shard_rows": 24}
+    first, second, greedy = (
+        [row["answer"] for row in beam_rows(run, flags, tmp_path / name, beams)] for name, beams in (("a", 3), ("b", 3), ("c", 1))
+    )
+    assert first == second and first != greedy and len(first) == len(greedy) == 24
+    with pytest.raises(ValueError, match="num_beams"):  # an output folder keeps its settings
+        run("generate_responses", **flags | {"output_dir": tmp_path / "a", "num_beams": 2})
+
+
+def beam_rows(run, flags: dict, folder: Path, num_beams: int) -> list[dict]:
+    run("generate_responses", **flags | {"output_dir": folder, "num_beams": num_beams})
+    return rows(folder)
 
 
 def test_a_server_splits_and_labels(run, world_answers, tmp_path):
