@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 from muffin.feedback import FEEDBACK_FEATURES
 from muffin.generation import ANSWER_FEATURES
 from muffin.pair_selection import ScoredAnswer, balance_lengths, candidate_pairs, cap_pairs, mean_lengths
-from muffin.pairs import REFERENCE_COLUMNS, load_prompts, parse_column_map
+from muffin.pairs import REFERENCE_COLUMNS, load_prompts, normal_columns, parse_column_map
 from muffin.provenance import write_atomically
 from muffin.shards import with_columns, write_table
 
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> PairStatistics:
 
     output_dir = Path(options.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    table = normal_columns(judged, column_map)
+    table = normal_columns(judged.remove_columns(sorted(DROPPED.intersection(judged.column_names))), column_map)
     columns = {name: [value(answers, pair, name) for pair in pairs] for name in PAIR_FEATURES}
     write_table(with_columns(table, [pair.chosen_row for pair in pairs], PAIR_FEATURES, columns), output_dir / "pairs.parquet")
     write_atomically(output_dir / "statistics.json", (json.dumps(asdict(statistics), indent=1) + "\n").encode())
@@ -129,15 +129,6 @@ def pairs_of(answers: list[dict[str, Any]], rows: list[int], min_score_gap: int)
     scored = [ScoredAnswer(answers[row]["answer"] or "", answers[row]["score"]) for row in rows]
     found = candidate_pairs(scored, min_score_gap)
     return [RowPair(rows[pair.chosen_number], rows[pair.rejected_number], pair.chosen, pair.rejected) for pair in found]
-
-
-def normal_columns(judged: datasets.Dataset, column_map: dict[str, str]) -> datasets.Dataset:
-    """The columns of the prompts, under muffin's names."""
-    table = judged.remove_columns(sorted(DROPPED.intersection(judged.column_names)))
-    for name, column in column_map.items():
-        if name != column and name in table.column_names:
-            raise ValueError(f"--column_map {name}={column}: the data has both columns, and the output needs {name}; rename or remove one")
-    return table.rename_columns({column: name for name, column in column_map.items() if name != column})
 
 
 def value(answers: list[dict[str, Any]], pair: RowPair, name: str) -> Any:

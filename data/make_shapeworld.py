@@ -5,6 +5,7 @@
 sft.parquet        captions by the careless annotator and clean answers to questions: cold start of the tiny policy (no rejected)
 labeler.parquet    yes/no questions with hard negatives, on the same pictures: training of the labeler (no rejected)
 prompts-1.parquet  "Describe the image." on new pictures, for the first iteration: what candidates are generated for (question only)
+choice.parquet     the same on pictures that checkpoints are chosen on (question only)
 heldout.parquet    the same on pictures that occur nowhere else and are equal for every --seed: evaluation (question only)
 policy/            a newborn policy: vision tower taught what stands where, language untrained; what train/sft.py starts from
 pope.parquet       "Is there a red circle in the image?" on the held-out pictures, random, popular and adversarial negatives
@@ -62,6 +63,7 @@ class MakeShapeworldOptions:
     labeler_questions_per_image: int = field(default=4, metadata={"help": "Rows of labeler.parquet per picture."})
     iterations: int = field(default=1, metadata={"help": "Number of prompts-N.parquet files, each with pictures of its own."})
     prompt_images: int = field(default=256, metadata={"help": "Pictures, and rows, of each prompts-N.parquet."})
+    choice_images: int = field(default=100, metadata={"help": "Pictures of choice.parquet, which checkpoints are chosen on."})
     heldout_images: int = field(default=200, metadata={"help": "Pictures of heldout.parquet and pope.parquet."})
     vision_steps: int = field(default=200, metadata={"help": "Steps of 64 pictures that teach the newborn policy's vision tower."})
 
@@ -90,10 +92,11 @@ def main(argv: list[str] | None = None) -> None:
 
     for number in range(1, options.iterations + 1):
         prompts = draw_pictures(world, options.prompt_images, options.seed, f"prompts-{number}")
-        write(folder / f"prompts-{number}.parquet", "prompts", [(p, QuestionAnswer("describe", DESCRIBE, None)) for p in prompts])
+        write(folder / f"prompts-{number}.parquet", "prompts", to_describe(prompts))
+    write(folder / "choice.parquet", "choice", to_describe(draw_pictures(world, options.choice_images, options.seed, "choice")))
 
     heldout = draw_pictures(world, options.heldout_images, 0, "heldout")
-    write(folder / "heldout.parquet", "heldout", [(p, QuestionAnswer("describe", DESCRIBE, None)) for p in heldout])
+    write(folder / "heldout.parquet", "heldout", to_describe(heldout))
     write(folder / "pope.parquet", "pope", list(pope_turns(heldout)))
 
 
@@ -117,6 +120,10 @@ def make_policy(world: World, pictures: list[Picture], options: MakeShapeworldOp
     for found in progress:
         progress.set_postfix({name: f"{value:.2f}" for name, value in found.items()})
     save_policy(policy, adapter, folder)
+
+
+def to_describe(pictures: list[Picture]) -> list[Turn]:
+    return [(picture, QuestionAnswer("describe", DESCRIBE, None)) for picture in pictures]
 
 
 def draw_pictures(world: World, count: int, seed: int, split: str) -> list[Picture]:

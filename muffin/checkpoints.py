@@ -24,12 +24,17 @@ PARTIAL = ".partial-"  # before the name of a folder that is being written or de
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
-    """The newest complete checkpoint in `output_dir`; one that another program left half-written has no trainer_state.json."""
-    for folder in sorted(checkpoints(output_dir), key=lambda folder: int(folder.name.removeprefix("checkpoint-")), reverse=True):
-        if (folder / "trainer_state.json").is_file():
-            return folder
-        logger.warning("%s is incomplete (no trainer_state.json) and passed over", folder)
-    return None
+    """The newest complete checkpoint in `output_dir`."""
+    return next(reversed(complete_checkpoints(output_dir)), None)
+
+
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """In the order of their steps; one that another program left half-written has no trainer_state.json and is passed over."""
+    found = sorted(checkpoints(output_dir), key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
+    for folder in found:
+        if not (folder / "trainer_state.json").is_file():
+            logger.warning("%s is incomplete (no trainer_state.json) and passed over", folder)
+    return [folder for folder in found if (folder / "trainer_state.json").is_file()]
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

@@ -329,6 +329,14 @@ def parse_column_map(text: str) -> dict[str, str]:
     return column_map
 
 
+def normal_columns(table: datasets.Dataset, column_map: Mapping[str, str]) -> datasets.Dataset:
+    """The same rows with mapped columns under muffin's names. Raises ValueError when the table has both of a pair of names."""
+    for name, column in column_map.items():
+        if name != column and name in table.column_names:
+            raise ValueError(f"--column_map {name}={column}: the data has both columns, and the output needs {name}; rename or remove one")
+    return table.rename_columns({column: name for name, column in column_map.items() if name != column})
+
+
 def resolve_columns(found: Iterable[str], column_map: Mapping[str, str] | None = None) -> dict[str, str]:
     """Where to read what: muffin's name -> column, out of the `found` columns; names that are optional and absent are left out.
 

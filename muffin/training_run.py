@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 
@@ -92,12 +93,12 @@ def build_policy(
     return policy
 
 
-def merge(checkpoint: Checkpoint, adapter: PolicyAdapter, args: PolicyArguments) -> None:
-    """Save base + adapter as one model: the base as it was trained on, the sum in float32 so that nothing of the adapter is rounded off."""
-    base = load_policy(checkpoint, adapter, dtype=args.numerics.load_dtype).float()
-    merged = Path(args.output_dir) / "merged"
-    PeftModel.from_pretrained(base, args.output_dir).merge_and_unload(safe_merge=True).save_pretrained(merged)
-    save_adapter(adapter, merged)
+def save_merged(base: Checkpoint, lora: Path, adapter: PolicyAdapter, *, dtype: torch.dtype, output_dir: Path) -> None:
+    """Save base + LoRA adapter as one model: the base as it was trained on, in `dtype`, the sum in float32 so that nothing of the
+    adapter is rounded off."""
+    model = PeftModel.from_pretrained(load_policy(base, adapter, dtype=dtype).float(), lora)
+    model.merge_and_unload(safe_merge=True).save_pretrained(output_dir)
+    save_adapter(adapter, output_dir)
 
 
 def save_options(args: PolicyArguments, *others: Any) -> None:

@@ -21,7 +21,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
@@ -54,6 +56,7 @@ IMPORT_ORDER = (
     "trainer",
     "sft",
     "training_run",
+    "stages",
     "generation",
     "claims",
     "feedback",
@@ -73,6 +76,7 @@ IMPORT_ORDER = (
     "mmhal",
     "refomb",
     "benchmarks",
+    "checkpoint_choice",
     "reward",
     "inspection",
     "shapeworld",  # a package: its modules may import each other
@@ -336,8 +340,11 @@ def recipe_commands(script: str) -> Iterator[tuple[str, list[str]]]:
             yield call[1], shlex.split(call[2], comments=True)
 
 
-def script_findings(root: Path, path: str, options_of: Callable[[str], tuple[type, ...]]) -> list[str]:
-    """What is wrong with the script at `path`; `options_of` gives the OPTIONS of a recipe."""
+def script_findings(
+    root: Path, path: str, options_of: Callable[[str], tuple[type, ...]], flags_of: Callable[[str], dict[str, str]] = lambda recipe: {}
+) -> list[str]:
+    """What is wrong with the script at `path`; `options_of` gives the OPTIONS of a recipe, `flags_of` its options that hold flags for
+    another recipe, with that recipe."""
     script = (root / path).read_text(encoding="utf-8")
     lines = script.splitlines()
     findings = []
@@ -348,13 +355,19 @@ def script_findings(root: Path, path: str, options_of: Callable[[str], tuple[typ
     if re.search(r"=\([^)]*--\w", script):
         findings.append("keeps flags in an array; write them on the command, where they are checked")
     commands = list(recipe_commands(script))
-    if not any(words[-1:] == ["$@"] for _, words in commands):
+    calls = re.findall(r"^\s*(scripts/\S+\.sh) (.*)$", script.replace("\\\n", " "), re.MULTILINE)
+    findings += [f"calls {other}, which does not exist" for other, _ in calls if not (root / other).is_file()]
+    if not any(words[-1:] == ["$@"] for _, words in [*commands, *((other, shlex.split(words)) for other, words in calls)]):
         findings.append('ends no recipe command with "$@"')
     for recipe, words in commands:
         if not (root / recipe).is_file():
             findings.append(f"calls {recipe}, which does not exist")
         else:
             findings += flag_findings(recipe, HfArgumentParser(options_of(recipe)), words)
+            for option, other in flags_of(recipe).items():
+                for flag, value in pairwise(words):
+                    if flag == f"--{option}" and "$" not in value:
+                        findings += flag_findings(other, HfArgumentParser(options_of(other)), shlex.split(value))
     return findings
 
 
@@ -364,7 +377,7 @@ def flag_findings(recipe: str, parser: HfArgumentParser, words: list[str]) -> li
     for word in words:
         if word in ("|", "||", "&&", ";", "&", ">", ">>", "2>&1"):
             break
-        if word.startswith("--"):
+        if word.startswith("--") and " " not in word:
             groups.append(word.split("=", 1))
         elif word != "$@" and groups:
             groups[-1].append(word)
@@ -383,9 +396,14 @@ def flag_findings(recipe: str, parser: HfArgumentParser, words: list[str]) -> li
     return []
 
 
+def passed_on(recipe: ModuleType) -> dict[str, str]:
+    """FLAGS of a recipe that hands flags on."""
+    return vars(recipe).get("FLAGS", {})
+
+
 @pytest.mark.parametrize("path", scripts(ROOT))
 def test_script_parses_against_its_recipe(path, load_recipe):
-    assert script_findings(ROOT, path, lambda recipe: load_recipe(recipe).OPTIONS) == []
+    assert script_findings(ROOT, path, lambda recipe: load_recipe(recipe).OPTIONS, lambda recipe: passed_on(load_recipe(recipe))) == []
 
 
 @dataclass

@@ -26,7 +26,7 @@ from muffin.preflight import preflight
 from muffin.provenance import describe_reference, foreign_rows, read_reference, reference_id
 from muffin.reference_gate import refuse_foreign_rows
 from muffin.trainer import DPOArguments, DPOTrainer
-from muffin.training_run import LoraOptions, ModelOptions, build_policy, check_options, checkpoint_to_resume, merge, save_options
+from muffin.training_run import LoraOptions, ModelOptions, build_policy, check_options, checkpoint_to_resume, save_merged, save_options
 
 logger = logging.getLogger("train.dpo")
 
@@ -79,7 +79,8 @@ def main(argv: list[str] | None = None) -> TrainerState:
         trainer.evaluate()
     trainer.save_state()
     if lora_options.merge_lora and args.should_save:
-        merge(checkpoint, adapter, args)
+        output_dir = Path(args.output_dir)
+        save_merged(checkpoint, output_dir, adapter, dtype=args.numerics.load_dtype, output_dir=output_dir / "merged")
     return trainer.state
 
 

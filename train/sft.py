@@ -11,13 +11,14 @@ trainer_state.json (all logged metrics).
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers import HfArgumentParser, TrainerState, set_seed
 
 from muffin.pairs import load_demonstrations, parse_column_map
 from muffin.policies import PolicyOptions, load_adapter, resolve_checkpoint
 from muffin.sft import SFTArguments, SFTTrainer
-from muffin.training_run import LoraOptions, ModelOptions, build_policy, check_options, checkpoint_to_resume, merge, save_options
+from muffin.training_run import LoraOptions, ModelOptions, build_policy, check_options, checkpoint_to_resume, save_merged, save_options
 
 
 @dataclass
@@ -55,7 +56,8 @@ def main(argv: list[str] | None = None) -> TrainerState:
         trainer.evaluate()
     trainer.save_state()
     if lora_options.merge_lora and args.should_save:
-        merge(checkpoint, adapter, args)
+        output_dir = Path(args.output_dir)
+        save_merged(checkpoint, output_dir, adapter, dtype=args.numerics.load_dtype, output_dir=output_dir / "merged")
     return trainer.state
 
 

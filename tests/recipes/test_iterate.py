@@ -1,14 +1,24 @@
 """The whole loop in the small world: every stage through its recipe, the measured drop, and going on after a kill."""
 
 import json
-import sys
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-SMALL = ["--world", "small", "--train_images", "800", "--heldout_images", "100", "--prompt_images", "96", "--seed", "0"]
-COLD = ["--vision_steps", "100", "--sft_steps", "250", "--labeler_steps", "2"]
+from muffin import stages
+from muffin.pairs import load_preferences, load_prompts
+from tests.tiny import write_parquet
+
+SMALL = ["--world", "small", "--train_images", "800", "--heldout_images", "100", "--images_per_round", "96", "--choice_images", "8"]
+COLD = ["--vision_steps", "100", "--sft_steps", "250", "--labeler_steps", "2", "--iterations", "1", "--seed", "0", "--dtype", "float32"]
+GENERATION = "--max_new_tokens 80 --batch_size 64 --shard_rows 256 --num_workers 0"
+DPO = ["--lora_enable", "True", "--learning_rate", "8e-4", "--num_train_epochs", "2", "--checkpoints_per_epoch", "0"]
+DPO += ["--generation_flags", f"--num_answers 8 --temperature 1 {GENERATION}", "--evaluation_flags", GENERATION]
+DPO += ["--pair_flags", "--max_pairs_per_prompt 4", "--scoring_flags", "--num_workers 0"]
+DPO += ["--training_flags", "--lora_alpha 128 --lora_dropout 0 --per_device_train_batch_size 32 --disable_tqdm True"]
+ORACLE = ["--labeling_flags", "--labeler shapeworld_truth --num_workers 0"]
 
 
 @pytest.fixture
@@ -16,22 +26,21 @@ def in_process(load_recipe, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Stages call their recipe's main here instead of in a process of its own (five seconds of imports each); names what ran."""
     ran: list[str] = []
 
-    def run(command, cwd, env):
-        assert command[0] == sys.executable
-        assert (Path(cwd) / command[1]).is_file()
-        ran.append(command[1])
-        load_recipe(command[1]).main(command[2:])
+    def run(stage, root, environment, lock):
+        recipe, *flags = stage.words
+        assert (root / recipe).is_file()
+        ran.append(stage.name)
+        load_recipe(recipe).main(flags)
         return SimpleNamespace(wait=lambda: 0, returncode=0, terminate=lambda: None)
 
-    monkeypatch.setattr(load_recipe("train/iterate.py").subprocess, "Popen", run)
+    monkeypatch.setattr(stages, "launch", run)
     return ran
 
 
 def test_small_world_with_true_labels(load_recipe, in_process: list[str], tmp_path: Path, capsys: pytest.CaptureFixture):
     """With the ground truth as labeler, hallucination at temperature 1 falls; the files are what README promises."""
     iterate = load_recipe("train/iterate.py")
-    flags = [*SMALL, *COLD, "--labeler", "oracle", "--dpo_learning_rate", "8e-4", "--output_dir", str(tmp_path / "run")]
-    flags += ["--cache_dir", str(tmp_path / "cache")]
+    flags = [*SMALL, *COLD, *DPO, *ORACLE, "--output_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache")]
     iterate.main(flags)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     before, after = results["before"], results["after"]
@@ -41,41 +50,114 @@ def test_small_world_with_true_labels(load_recipe, in_process: list[str], tmp_pa
     assert after["t1"]["chair_s"] < 0.8 * before["t1"]["chair_s"]
     assert results["labeler"]["accuracy"] == 100  # the labels are the truth
     assert results["pairs"]["right"] == 100
-    assert set(results["seconds"]) >= {"world", "policy", "labeler", "round-1/scored", "round-1/policy", "measures"}
+    assert set(results["seconds"]) >= {"round-1/scored", "round-1/policy", "round-1/merged", "round-1/rescored", "measures"}
     assert (tmp_path / "run" / "before-after.png").stat().st_size > 10_000
     assert "wrong claims" in capsys.readouterr().out
 
+    # the trained policy prefers what it was taught to: pairs scored again by it
+    scored, rescored = (load_preferences(tmp_path / "run" / "round-1" / name) for name in ("scored", "rescored"))
+    margins = [
+        (new.ref_win_logp - old.ref_win_logp) - (new.ref_rej_logp - old.ref_rej_logp) for old, new in zip(scored, rescored, strict=True)
+    ]
+    assert sum(margin > 0 for margin in margins) > 0.7 * len(margins)
+
+    manifest = json.loads((tmp_path / "run" / "round-1" / "manifest.json").read_text())
+    assert manifest["training"]["first"]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert set(manifest["stages"]) == {f"round-1/{name}" for name in ("answers", "judged", "pairs", "scored", "policy", "merged")}
+    assert manifest["stages"]["round-1/pairs"]["sha256"].keys() == {"pairs/pairs.parquet"}
+    assert (
+        manifest["reference"] == json.loads((tmp_path / "run" / "round-1" / "scored" / "muffin_reference.json").read_text())["reference_id"]
+    )
+
     # the same command again: everything is done, nothing runs; with one stage undone, that stage alone
     first, in_process[:] = list(in_process), []
-    assert first[:3] == ["data/make_shapeworld.py", "train/sft.py", "train/sft.py"]
+    assert first[:5] == ["world", "policy", "labeler", "evaluation-0/greedy", "evaluation-0/t1"]
     assert iterate.main(flags) == results
     assert in_process == []
-    manifest = tmp_path / "run" / "manifest.json"
-    stages = json.loads(manifest.read_text())
-    hashes = stages.pop("measures")["sha256"]
-    manifest.write_text(json.dumps(stages))
+    ledger = tmp_path / "run" / "manifest.json"
+    noted = json.loads(ledger.read_text())
+    hashes = noted.pop("measures")["sha256"]
+    ledger.write_text(json.dumps(noted))
     iterate.main(flags)
-    assert in_process == ["eval/shapeworld.py"]
-    assert json.loads(manifest.read_text())["measures"]["sha256"] == hashes
+    assert in_process == ["measures"]
+    assert json.loads(ledger.read_text())["measures"]["sha256"] == hashes
 
     # another labeler: its stage and all after it run again, the answers before it stay
     in_process[:] = []
-    iterate.main([*flags, "--labeler", "self"])
-    assert in_process[0] == "data/score_claims.py"
-    assert in_process[-1] == "eval/shapeworld.py"
-    assert len(in_process) == 7
+    other = [*flags, "--labeling_flags", "--num_workers 0", "--labeler_name_or_path", "self"]
+    with pytest.raises(ValueError, match=r"stage round-1/judged, made with other flags:\n  - --labeler: shapeworld_truth then, None now"):
+        iterate.main(other)
+    assert in_process == []
+    iterate.main([*other, "--redo_changed", "True"])
+    assert in_process[0] == "round-1/judged"
+    assert in_process[-1] == "measures"
+    assert len(in_process) == 9
     assert json.loads((tmp_path / "run" / "results.json").read_text())["labeler"]["accuracy"] < 100
 
 
-def test_a_failing_stage_stops_the_run(load_recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    iterate = load_recipe("train/iterate.py")
-    monkeypatch.setattr(
-        iterate.subprocess, "Popen", lambda command, cwd, env: SimpleNamespace(wait=lambda: 3, returncode=3, terminate=lambda: None)
-    )
-    with pytest.raises(SystemExit, match="stage world failed with exit code 3"):
-        iterate.main(["--output_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache")])
-    (cold,) = (tmp_path / "cache").iterdir()
-    assert "seconds" not in json.loads((cold / "manifest.json").read_text())["world"]
+def test_own_data_two_rounds_with_choice_of_checkpoints(load_recipe, in_process: list[str], tiny_llava_path, tmp_path: Path, capsys):
+    """Real recipes on a tiny LLaVA with noise for images: the second round starts from the checkpoint that the labeler chose."""
+    data = write_parquet(tmp_path / "rows.parquet", 72)  # three rows on each of 24 images
+    flags = ["--model_name_or_path", str(tiny_llava_path), "--labeler_name_or_path", "self", "--data_path", str(data)]
+    flags += ["--output_dir", str(tmp_path / "run"), "--iterations", "2", "--dtype", "float32"]
+    flags += ["--choice_images", "3", "--heldout_images", "4", "--learning_rate", "1e-3", "--num_train_epochs", "1"]
+    flags += ["--checkpoints_per_epoch", "2", "--min_capability", "0", "--rescored_pairs", "3"]
+    flags += [
+        "--generation_flags",
+        "--num_answers 6 --temperature 1 --max_new_tokens 24 --num_workers 0",
+        "--scoring_flags",
+        "--num_workers 0",
+    ]
+    flags += ["--labeling_flags", "--num_workers 0", "--evaluation_flags", "--max_new_tokens 24 --num_workers 0"]
+    flags += ["--training_flags", "--per_device_train_batch_size 4 --disable_tqdm True --logging_steps 1"]
+    results = load_recipe("train/iterate.py").main(flags)
+    run = tmp_path / "run"
+
+    parts = {name: len(load_prompts(run / "prompts" / name)) for name in ("round-1", "round-2", "choice", "heldout")}
+    assert parts == {"round-1": 24, "round-2": 24, "choice": 3, "heldout": 4}  # (24 - 7) // 2 images each, one left over
+    for number in (1, 2):
+        folder = run / f"round-{number}"
+        choice = results["choice"][f"round-{number}"]
+        checkpoints = sorted(path.name for path in (folder / "policy").glob("checkpoint-*"))
+        assert [each["name"] for each in choice["measured"]] == ["start", *sorted(checkpoints, key=lambda name: int(name.split("-")[1]))]
+        numbers = {each["name"]: each["hallucination"] for each in choice["measured"]}
+        assert numbers[choice["chosen"]] == min(numbers[name] for name in checkpoints)
+        rejected = json.loads((folder / "choice" / choice["chosen"] / "rejected.json").read_text())
+        assert rejected["rejected_share"] == numbers[choice["chosen"]]
+        assert rejected["answers"] == 3
+    noted = json.loads((run / "manifest.json").read_text())
+    start = str(run / "round-1" / "policy" / results["choice"]["round-1"]["chosen"])
+    for stage in ("round-2/answers", "round-2/judged", "round-2/scored", "round-2/policy"):  # judged: the labeler is the round's own start
+        command = noted[stage]["command"]
+        assert command[command.index("--model_name_or_path") + 1] == start
+    judged = noted["evaluation-2/judged"]["command"]  # one labeler judges all evaluations
+    assert judged[judged.index("--model_name_or_path") + 1] == str(tiny_llava_path)
+    assert list(results)[:3] == ["before", "after-1", "after"]
+    assert {"rejected_share", "accepted_claims", "words_interval"} <= set(results["after"]["greedy"])
+    assert len(load_preferences(run / "round-2" / "rescored")) == 3
+    assert "accepted per answer" in capsys.readouterr().out
+    assert json.loads((run / "round-2" / "manifest.json").read_text())["evaluation"] == results["after"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--world", "small", "--data_path", "x"], "--world small brings its own policy and images"),
+        (["--data_path", "x"], "--model_name_or_path missing"),
+        (["--data_path", "x", "--model_name_or_path", "m"], "no labeler"),
+        (["--world", "small", "--labeler_name_or_path", "m", *ORACLE], "both name a labeler"),
+        (["--world", "small", "--training_flags", "--learning_rat 1"], "--training_flags: train/dpo.py refuses --learning_rat"),
+        (["--world", "small", "--iterations", "0"], "--iterations 0 must be at least 1"),
+        (["--world", "small", "--min_capability", "2"], "--min_capability 2.0: want a share"),
+        (["--world", "small", "--choice_images", "0"], "--choice_images 0"),
+        (["--world", "small", "--benchmarks", "pope"], "need --benchmark_root"),
+    ],
+)
+def test_contradictions_are_refused_before_anything_runs(load_recipe, in_process: list[str], tmp_path: Path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe("train/iterate.py").main(["--output_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path), *flags])
+    assert in_process == []
+    assert not (tmp_path / "run").exists()
 
 
 def test_compare_runs_by_hand(load_recipe, tmp_path: Path):

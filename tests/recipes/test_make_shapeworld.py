@@ -16,7 +16,7 @@ from muffin.shapeworld.claims import mentioned_objects
 from muffin.shapeworld.model import build_policy
 from muffin.shapeworld.scenes import WORLDS, Scene, draw
 
-FILES = ("sft", "labeler", "prompts-1", "prompts-2", "heldout", "pope")
+FILES = ("sft", "labeler", "prompts-1", "prompts-2", "choice", "heldout", "pope")
 COLUMNS = {
     "image", "question", "chosen", "rejected", "idx", "image_path", "origin_dataset", "origin_split", "ds_name", "scene", "kind",
 }  # fmt: skip
@@ -27,7 +27,7 @@ def make(load_recipe, tmp_path_factory):
     def run(seed: int):
         folder = tmp_path_factory.mktemp(f"seed-{seed}")
         counts = "--train_images 30 --captions_per_image 1 --questions_per_image 3 --labeler_questions_per_image 2"
-        prompts = "--prompt_images 7 --iterations 2 --heldout_images 40 --vision_steps 2"
+        prompts = "--prompt_images 7 --iterations 2 --choice_images 5 --heldout_images 40 --vision_steps 2"
         load_recipe("data/make_shapeworld.py").main(f"--output_dir {folder} --seed {seed} {counts} {prompts}".split())
         return folder
 
@@ -51,6 +51,7 @@ def test_files_have_the_rows_that_were_asked_for(rows):
         "labeler": 30 * 2,
         "prompts-1": 7,
         "prompts-2": 7,
+        "choice": 5,
         "heldout": 40,
     }
     assert Counter(row["kind"] == "describe" for row in rows["sft"]) == {True: 30, False: 90}
@@ -66,7 +67,7 @@ def test_rows_have_the_columns_of_the_format(rows):
             assert row["image"]["path"] == row["image_path"]
             assert row["origin_dataset"] == row["ds_name"] == "shapeworld"
             assert row["origin_split"] == name.partition("-")[0]
-            assert (row["chosen"] is None) == (name in ("prompts-1", "prompts-2", "heldout"))
+            assert (row["chosen"] is None) == (name in ("prompts-1", "prompts-2", "choice", "heldout"))
             if row["chosen"] is None:
                 assert (row["question"], row["kind"]) == ("Describe the image.", "describe")
 
@@ -80,7 +81,7 @@ def test_the_scene_of_a_row_is_its_picture(rows):
 
 def test_one_path_is_one_picture(rows):
     pictures = {(row["image_path"], row["image"]["bytes"]) for table in rows.values() for row in table}
-    assert len(pictures) == len({path for path, _ in pictures}) == len({png for _, png in pictures}) == 30 + 7 + 7 + 40
+    assert len(pictures) == len({path for path, _ in pictures}) == len({png for _, png in pictures}) == 30 + 7 + 7 + 5 + 40
 
 
 def test_captions_hallucinate_and_answers_do_not(rows):
@@ -142,7 +143,9 @@ def test_datasets_shows_the_pictures(made, tmp_path):
 
 
 def test_small_world(load_recipe, tmp_path):
-    flags = f"--output_dir {tmp_path} --world small --train_images 3 --prompt_images 3 --heldout_images 3 --vision_steps 1"
+    flags = (
+        f"--output_dir {tmp_path} --world small --train_images 3 --prompt_images 3 --choice_images 3 --heldout_images 3 --vision_steps 1"
+    )
     load_recipe("data/make_shapeworld.py").main(flags.split())
     row = pq.read_table(tmp_path / "heldout.parquet").to_pylist()[0]
     assert Image.open(io.BytesIO(row["image"]["bytes"])).size == (64, 64)
