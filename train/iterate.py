@@ -182,7 +182,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         moments = measure_world(run) if run.truth else read_evaluations(run)
     results = {**moments, "choice": choices, "policy": policy_now, "seconds": ledger.seconds}
     write_atomically(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
-    print(report(results, WORLD_METRICS if run.truth else OWN_METRICS))
+    shown = (WORLD_METRICS, "percent, words per answer") if run.truth else (OWN_METRICS, "by the labeler")
+    print(report(results, *shown))
     print(f"\n{time.perf_counter() - start:.0f} s; policy: {policy_now}\nnumbers: {folder / 'results.json'}, stages: {ledger.file}")
     return results
 
@@ -482,7 +483,7 @@ def flat(estimates: dict[str, dict[str, float]]) -> dict[str, Any]:
     return values | {f"{name}_interval": [round(each["low"], 2), round(each["high"], 2)] for name, each in estimates.items()}
 
 
-def report(results: dict[str, Any], metrics: dict[str, str]) -> str:
+def report(results: dict[str, Any], metrics: dict[str, str], unit: str) -> str:
     """The table that the run ends with: a column for every moment, 95 % bootstrap intervals over images."""
     moments = [name for name in results if name == "before" or name.startswith("after")]
 
@@ -490,16 +491,17 @@ def report(results: dict[str, Any], metrics: dict[str, str]) -> str:
         low, high = numbers[f"{metric}_interval"]
         return f"{numbers[metric]:5.1f} [{low:.1f}, {high:.1f}]"
 
-    lines = ["", f"{'':<20}" + "".join(f"{moment:>22}" for moment in moments)]
+    lines = ["", f"{'':<24}" + "".join(f"{moment:>22}" for moment in moments)]
     for decoding, title in (("greedy", "greedy"), ("t1", "temperature 1")):
         if decoding in results["before"]:
             lines.append(title)
             for metric, name in metrics.items():
-                lines.append(f"  {name:<18}" + "".join(f"{cell(results[moment][decoding], metric):>22}" for moment in moments))
+                lines.append(f"  {name:<22}" + "".join(f"{cell(results[moment][decoding], metric):>22}" for moment in moments))
     for title, names in (("labeler", ("accuracy", "tpr", "fpr")), ("pairs", ("right", "tie", "wrong"))):
         if title in results:
             lines.append(f"{title:<10}" + "   ".join(f"{name} {cell(results[title], name)}" for name in names))
     lines += [f"{name} went on from {choice['chosen']}" for name, choice in results["choice"].items()]
+    lines.append(f"{unit}; 95 % bootstrap intervals over images")
     return "\n".join(lines)
 
 

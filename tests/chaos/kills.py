@@ -30,6 +30,10 @@ class Process(Protocol):
         """None while it runs, -9 after a SIGKILL."""
         ...
 
+    def kill(self) -> None:
+        """SIGKILL."""
+        ...
+
 
 class _Forked:
     def __init__(self, action: Callable[[], Any]) -> None:
@@ -41,16 +45,24 @@ class _Forked:
         self._process.join(0)  # reaps it
         return self._process.exitcode
 
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
 
 class _Command:
-    def __init__(self, words: Sequence[str], log: Path) -> None:
+    def __init__(self, words: Sequence[str], log: Path, own_session: bool) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         with open(log, "ab") as stream:
-            self._process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment, stdout=stream, stderr=stream)
+            self._process = subprocess.Popen(
+                [sys.executable, *words], cwd=ROOT, env=environment, stdout=stream, stderr=stream, start_new_session=own_session
+            )
         self.pid = self._process.pid
 
     def status(self) -> int | None:
         return self._process.poll()
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
 
 
 def forked(action: Callable[[], Any]) -> Process:
@@ -58,9 +70,9 @@ def forked(action: Callable[[], Any]) -> Process:
     return _Forked(action)
 
 
-def command(words: Sequence[str], log: Path) -> Process:
+def command(words: Sequence[str], log: Path, own_session: bool = False) -> Process:
     """`python WORDS` from the repository root; what it says is added to `log`."""
-    return _Command(words, log)
+    return _Command(words, log, own_session)
 
 
 def kill_until_done(start: Callable[[], Process], *, rng: random.Random, kills: int, longest_life: float, most_processes: int = 1) -> int:
@@ -79,7 +91,7 @@ def kill_until_done(start: Callable[[], Process], *, rng: random.Random, kills: 
             if _first_to_end(running, time.monotonic() + rng.uniform(0, longest_life)):
                 break
             victim = running.pop(rng.randrange(len(running)))
-            os.kill(victim.pid, signal.SIGKILL)
+            victim.kill()
             status = wait_for(victim, deadline)
             if status == 0:
                 break  # it was faster
@@ -92,7 +104,7 @@ def kill_until_done(start: Callable[[], Process], *, rng: random.Random, kills: 
     finally:
         for process in running:
             if process.status() is None:
-                os.kill(process.pid, signal.SIGKILL)
+                process.kill()
     return killed
 
 
