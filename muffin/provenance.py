@@ -149,7 +149,8 @@ def _hash_files(files: Sequence[Path], cache: Path) -> list[str]:
         stamps[str(file.resolve())] = [stat.st_size, stat.st_mtime_ns]
     missing = [path for path, stamp in stamps.items() if path not in known or known[path]["stamp"] != stamp]
     if missing:
-        logger.info("hashing %d files, %.1f GB", len(missing), sum(stamps[path][0] for path in missing) / 1e9)
+        if (gigabytes := sum(stamps[path][0] for path in missing) / 1e9) > 1:  # seconds to minutes
+            logger.info("hashing %d files, %.1f GB", len(missing), gigabytes)
         with ThreadPoolExecutor(4) as pool:
             for path, digest in zip(missing, pool.map(_sha256, map(Path, missing)), strict=True):
                 known[path] = {"stamp": stamps[path], "sha256": digest}
