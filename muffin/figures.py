@@ -41,19 +41,36 @@ METRICS = {
 }
 
 
+def _panels(count: int, columns: int, width: float, height: float, below: float = 0.0) -> tuple[Figure, list[Axes]]:
+    """`count` panels of width x height inches in rows of `columns`, with `below` inches for a legend; one column is for narrow pages."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width * columns, height * rows + below), layout="constrained")
+    axes = list(np.atleast_1d(figure.subplots(rows, columns)).flatten())
+    for empty in axes[count:]:
+        empty.axis("off")
+    return figure, axes[:count]
+
+
 # --- training
 
 
 def training_curves(
-    curves: pd.DataFrame, evaluations: pd.DataFrame | None = None, *, beta: float, start_loss: float | None = LN2, title: str = ""
+    curves: pd.DataFrame,
+    evaluations: pd.DataFrame | None = None,
+    *,
+    beta: float,
+    start_loss: float | None = LN2,
+    title: str = "",
+    columns: int = 3,
 ) -> Figure:
     """Loss, accuracy, margin, rewards of chosen and rejected, and their log-probs against the reference's on the same rows.
 
     curves, evaluations: of `inspection.training_curves` and `evaluation_curves`. start_loss: of a policy that is its reference, drawn as a
     line; None where it is not known. Curves that were not logged are left out.
     """
-    figure = Figure(figsize=(12, 6.4), layout="constrained")
-    loss, accuracy, margin, rewards, logps, weight = figure.subplots(2, 3).flatten()
+    figure, panels = _panels(6, columns, 4.0, 3.2)
+    loss, accuracy, margin, rewards, logps, weight = panels
     steps = curves.index.to_numpy()
 
     def line(axes: Axes, name: str, label: str, scale: float = 1.0, **style: Any) -> None:
@@ -103,8 +120,7 @@ def training_curves(
 
 def margin_histogram(train: pd.DataFrame, heldout: pd.DataFrame | None = None) -> Figure:
     """Margins of `inspection.pair_rewards`, the share below 0 in words; held-out pairs as an outline, both as shares of their pairs."""
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = _panels(1, 1, 5.6, 3.8)
     tables = {"train": train} | ({} if heldout is None else {"held out": heldout})
     values = {name: margins(table) for name, table in tables.items()}
     together = np.concatenate(list(values.values()))
@@ -126,10 +142,10 @@ def margin_histogram(train: pd.DataFrame, heldout: pd.DataFrame | None = None) -
     return figure
 
 
-def reward_by_length(rewards: pd.DataFrame) -> Figure:
+def reward_by_length(rewards: pd.DataFrame, columns: int = 2) -> Figure:
     """Reward of every answer of `inspection.pair_rewards` against its tokens: summed, and per token, with the correlation."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, column, title in zip(figure.subplots(1, 2), ("reward_sum", "reward_mean"), ("sum", "mean over tokens"), strict=True):
+    figure, panels = _panels(2, columns, 4.6, 3.8)
+    for axes, column, title in zip(panels, ("reward_sum", "reward_mean"), ("sum", "mean over tokens"), strict=True):
         for side, style in STYLES.items():
             answers = rewards[rewards.side == side]
             label = f"{side}, r = {_correlation(answers.tokens, answers[column])}"
@@ -202,7 +218,7 @@ def judged_pair(image: Image.Image, answers: dict[str, str | Sequence[JudgedClai
         words = []
         for claim in answer:
             words += [_Word(f"{word} ", "black" if claim.accepted else "#8c1d18", struck=not claim.accepted) for word in claim.text.split()]
-            words.append(_Word(f"[{'not asked' if claim.p_yes is None else f'{claim.p_yes:.2f}'}] ", GREY))
+            words.append(_Word(f"[{claim.verdict}] ", GREY))
         blocks.append((side, words))
     return _typeset(image, blocks, title, note="[P(yes)]; struck through: rejected by the labeler", line_height=0.19)
 
@@ -302,8 +318,7 @@ def labeler_reliability(claims: pd.DataFrame) -> Figure:
 def labeler_confusion(claims: pd.DataFrame) -> Figure:
     """Claims of each kind that the labeler accepted (plain) and rejected (hatched), with how often it was right."""
     table = confusion(claims)[::-1]
-    figure = Figure(figsize=(7, 0.5 * len(table) + 1.4), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = _panels(1, 1, 5.4, 0.45 * len(table) + 1.4)
     axes.barh(table.index, table.accepted, color="#9ecae1", edgecolor="#4a4a4a", label="accepted")
     axes.barh(table.index, table.rejected, left=table.accepted, color="#fdd0a2", edgecolor="#4a4a4a", hatch="///", label="rejected")
     for row, (count, right) in enumerate(zip(table.claims, table.right, strict=True)):
@@ -314,11 +329,10 @@ def labeler_confusion(claims: pd.DataFrame) -> Figure:
     return figure
 
 
-def pair_order(orders: pd.DataFrame, rewards: pd.DataFrame | None = None) -> Figure:
+def pair_order(orders: pd.DataFrame, rewards: pd.DataFrame | None = None, columns: int = 2) -> Figure:
     """How the labeler's order of pairs agrees with the truth (`inspection.pair_orders`), and what margins training gave to each kind."""
     names = ["right", "tie", "wrong"]
-    figure = Figure(figsize=(9 if rewards is not None else 4.5, 3.4), layout="constrained")
-    panels = np.atleast_1d(figure.subplots(1, 1 if rewards is None else 2))
+    figure, panels = _panels(1 if rewards is None else 2, columns, 4.4, 3.4)
     counts = orders.order.value_counts().reindex(names, fill_value=0)
     bars = panels[0].bar(names, 100 * counts / len(orders), color=["#9ecae1", "white", "#fdd0a2"], edgecolor="#4a4a4a")
     for bar, hatch in zip(bars, ("", "", "///"), strict=True):
@@ -343,8 +357,7 @@ def hallucination_recall(moments: pd.DataFrame, metric: str = "chair_s") -> Figu
 
     One line per decoding, numbered in order of time: 0 is before training.
     """
-    figure = Figure(figsize=(6, 4.6), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = _panels(1, 1, 5.4, 4.4)
     styles = (
         CHOSEN,
         REJECTED,
@@ -363,15 +376,12 @@ def hallucination_recall(moments: pd.DataFrame, metric: str = "chair_s") -> Figu
     return figure
 
 
-def best_of_n(table: pd.DataFrame, title: str = "") -> Figure:
+def best_of_n(table: pd.DataFrame, title: str = "", columns: int = 3) -> Figure:
     """A panel per metric, a line per selector with its 95 % interval (`inspection.best_of_n_table`); the baselines are not in colour."""
     metrics = list(table.metric.unique())
-    columns = min(3, len(metrics))
-    rows = -(-len(metrics) // columns)
-    figure = Figure(figsize=(4 * columns, 3 * rows + 0.8), layout="constrained")
-    panels = np.atleast_1d(figure.subplots(rows, columns)).flatten()
+    figure, panels = _panels(len(metrics), columns, 4.0, 3.0, below=0.8)
     numbers = sorted(table.n.unique())
-    for axes, metric in zip(panels, metrics, strict=False):
+    for axes, metric in zip(panels, metrics, strict=True):
         for selector, line in table[table.metric == metric].groupby("selector", sort=False):
             style = SELECTORS.get(selector, {})
             (drawn,) = axes.plot(line.n, line.value, markersize=4, label=selector, **style)
@@ -381,8 +391,6 @@ def best_of_n(table: pd.DataFrame, title: str = "") -> Figure:
         axes.set_xlabel("N")
         axes.set_title(METRICS.get(metric, metric))
         axes.grid(alpha=0.3)
-    for axes in panels[len(metrics) :]:
-        axes.axis("off")
     figure.suptitle(title)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=table.selector.nunique())
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=table.selector.nunique() if columns > 1 else 2)
     return figure

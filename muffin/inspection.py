@@ -76,11 +76,14 @@ def _log_history(run: str | Path) -> list[dict[str, Any]]:
 # --- rewards
 
 
-def load_scorings(before: str | Path, after: str | Path) -> tuple[PreferenceDataset, PreferenceDataset]:
+def load_scorings(
+    before: str | Path, after: str | Path, *, column_map: Mapping[str, str] | None = None, image_root: str | Path | None = None
+) -> tuple[PreferenceDataset, PreferenceDataset]:
     """Two scorings of the same rows, by the reference and by the trained policy, whose difference is the policies' alone.
 
-    before, after: folders of eval/muffin_inference_logp.py. Raises ValueError when either lacks muffin_reference.json, and when they
-    were computed in other numerics, with another tokenizer or under another encoding (prompt, image options).
+    before, after: folders of eval/muffin_inference_logp.py; column_map, image_root: as for `load_preferences`.
+    Raises ValueError when either lacks muffin_reference.json, and when they were computed in other numerics, with another tokenizer or
+    under another encoding (prompt, image options).
     """
     described = [read_reference(path) for path in (before, after)]
     for path, reference in zip((before, after), described, strict=True):
@@ -92,7 +95,11 @@ def load_scorings(before: str | Path, after: str | Path) -> tuple[PreferenceData
         raise ValueError(
             f"the two scorings differ in more than the policy, so their difference is no reward:\n{lines}\nScore one of them again"
         )
-    return load_preferences(before), load_preferences(after)
+
+    def load(path: str | Path) -> PreferenceDataset:
+        return load_preferences(path, column_map=column_map, image_root=image_root)
+
+    return load(before), load(after)
 
 
 def pair_rewards(before: PreferenceDataset, after: PreferenceDataset, *, beta: float) -> pd.DataFrame:
@@ -242,20 +249,35 @@ def pair_tokens(adapter: PolicyAdapter, pair: PreferencePair, rewards: pd.DataFr
 
 @dataclass(frozen=True)
 class JudgedClaim:
-    """A claim of an answer. p_yes: P(yes) / (P(yes) + P(no)) of the labeler, None for a claim that it was not asked about."""
+    """A claim of an answer. p_yes: P(yes) / (P(yes) + P(no)) of the labeler, None for a claim that it was not asked about.
+
+    kind: what it is about and whether that holds, truth: whether the claim does; both None where the truth is not known.
+    """
 
     text: str
     p_yes: float | None
+    kind: str | None = None
+    truth: bool | None = None
 
     @property
     def accepted(self) -> bool:
         return self.p_yes is not None and self.p_yes > 0.5
 
+    @property
+    def verdict(self) -> str:
+        """The labeler's P(yes), and the truth where it is known: 0.93, false."""
+        p_yes = "not asked" if self.p_yes is None else f"{self.p_yes:.2f}"
+        return p_yes if self.truth is None else f"{p_yes}, {'true' if self.truth else 'false'}"
+
 
 def claims_of(row: Row, side: str | None = None) -> list[JudgedClaim]:
     """The claims of a judged answer, or of one side of a pair of data/build_pairs.py; none where the row holds no judgements."""
     claims, p_yes, p_no = (row.get(f"{side}_{name}" if side else name) or [] for name in ("claims", "p_yes", "p_no"))
-    return [JudgedClaim(claim, _share(yes, no)) for claim, yes, no in zip(claims, p_yes, p_no, strict=True)]
+    scene = Scene.from_json(row["scene"]) if "scene" in row else None
+    return [
+        JudgedClaim(claim, _share(yes, no), *((None, None) if scene is None else _truth(split_claims(claim), scene)))
+        for claim, yes, no in zip(claims, p_yes, p_no, strict=True)
+    ]
 
 
 def _share(p_yes: float | None, p_no: float | None) -> float | None:
@@ -273,24 +295,24 @@ def claim_table(judged: Sequence[Row]) -> pd.DataFrame:
     """
     rows = []
     for number, answer in enumerate(judged):
-        scene = Scene.from_json(answer["scene"]) if "scene" in answer else None
         for claim in claims_of(answer):
             row = {"answer": number, "claim": claim.text, "p_yes": claim.p_yes, "accepted": claim.accepted}
-            rows.append(row | ({} if scene is None else _truth(split_claims(claim.text), scene)))
+            rows.append(row | ({} if claim.truth is None else {"kind": claim.kind, "truth": claim.truth}))
     if not rows:
         raise ValueError("the rows hold no judged claim; make them with data/score_claims.py")
     return pd.DataFrame(rows).astype({"p_yes": float})
 
 
-def _truth(stated: Sequence[Claim], scene: Scene) -> dict[str, Any]:
+def _truth(stated: Sequence[Claim], scene: Scene) -> tuple[str, bool]:
+    """Kind and truth of what a claim's text states."""
     truth = bool(stated) and all(is_true(claim, scene) for claim in stated)
     kinds = [claim.kind for claim in stated if claim.kind is not None]
     if kinds:
         invented = any(kind not in scene.kinds for kind in kinds)
-        return {"kind": "object, true" if truth else "object, invented" if invented else "object, elsewhere", "truth": truth}
+        return "object, true" if truth else "object, invented" if invented else "object, elsewhere", truth
     if any(claim.count is not None for claim in stated):
-        return {"kind": "count, true" if truth else "count, wrong", "truth": truth}
-    return {"kind": "no statement", "truth": truth}
+        return "count, true" if truth else "count, wrong", truth
+    return "no statement", truth
 
 
 def auroc(scores: Sequence[float], truths: Sequence[bool]) -> float:
