@@ -343,7 +343,8 @@ def best_of_n(material: Material) -> str:
 def gallery(material: Material) -> str:
     file = need(material.sources.gallery, "before-after.png", "train/iterate.py writes it at its end (--run)")
     with Image.open(file) as image:
-        return inline(encode(image, "PNG"), "png", "Held-out images with the answers before and after", image.width)
+        shown = inline(encode(image, "PNG"), "png", "Held-out images with the answers before and after", image.width)
+    return f'<div class="scroll">{shown}</div>'  # its letters would be too small on a phone
 
 
 PANELS = (
@@ -508,7 +509,7 @@ h3 { font-size: 1rem; margin: 0 0 .5rem; } h4 { font-size: .9rem; margin: .9rem 
 p { margin: .3rem 0 .8rem; max-width: 48rem; overflow-wrap: anywhere; }
 figure { margin: .5rem 0; } img { max-width: 100%; height: auto; }
 .beside { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; } .beside figure { max-width: 100%; }
-.scroll { overflow-x: auto; max-width: 100%; }
+.scroll { overflow-x: auto; max-width: 100%; } .scroll img { max-width: none; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #ddd; white-space: nowrap; font-weight: normal; }
 thead th { font-weight: bold; }
@@ -526,7 +527,7 @@ del { color: #8c1d18; } .verdict { color: #555; font-size: .8rem; white-space: n
 .down1 { background: #fde5d3; } .down2 { background: #fbc59d; } .down3 { background: #f59f63; }
 @media print {
   main { max-width: none; padding: 0; } h2 { break-after: avoid; } figure, article, tr { break-inside: avoid; }
-  .scroll { overflow: visible; } th, td { white-space: normal; }
+  .scroll { overflow: visible; } .scroll img { max-width: 100%; } th, td { white-space: normal; }
   * { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
 }
 """
