@@ -18,7 +18,6 @@ import base64
 import html
 import io
 import json
-import math
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -162,8 +161,7 @@ class Material:
     @cached_property
     def training_options(self) -> dict[str, Any]:
         """Of the last training run; empty where it left none."""
-        file = next(iter(reversed(self.sources.policies.values())), Path()) / "options.json"
-        return json.loads(file.read_text())["DPOArguments"] if file.is_file() else {}
+        return inspection.training_options(list(self.sources.policies.values())[-1]) if self.sources.policies else {}
 
     @property
     def beta(self) -> float:
@@ -229,18 +227,15 @@ def training(material: Material) -> str:
     made = []
     for name, folder in material.sources.policies.items():
         curves, evaluations = inspection.training_curves(folder), inspection.evaluation_curves(folder)
-        drawn = {"evaluations": evaluations, "beta": material.beta, "start_loss": start_loss(material), "title": name}
+        drawn = {
+            "evaluations": evaluations,
+            "beta": material.beta,
+            "start_loss": inspection.start_loss(inspection.training_options(folder)),
+            "title": name,
+        }
         alt = f"Training curves of {name}: loss from {curves.loss.iloc[0]:.3f} to {curves.loss.iloc[-1]:.3f}"
         made.append(picture(alt, figures.training_curves(curves, **drawn), figures.training_curves(curves, **drawn, columns=1)))
     return "".join(made)
-
-
-def start_loss(material: Material) -> float | None:
-    """The loss of a policy that is its own reference."""
-    options = material.training_options
-    if options.get("sft_weight", 0.0):
-        return None
-    return (1 / (2 * material.beta)) ** 2 if options.get("loss_type") == "ipo" else math.log(2)
 
 
 def margin_histogram(material: Material) -> str:

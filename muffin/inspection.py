@@ -10,6 +10,7 @@ Truth is known of the tiny image world alone, whose rows carry the column `scene
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from muffin.pairs import PreferenceDataset, PreferencePair, load_preferences, load_prompts
+from muffin.pairs import REFERENCE_COLUMNS, PreferenceDataset, PreferencePair, load_preferences, load_prompts
 from muffin.policies import PolicyAdapter, PolicyOptions, encode_pair, load_adapter, resolve_checkpoint
 from muffin.provenance import differing, hash_fields, read_reference
 from muffin.shapeworld.claims import Claim, is_true, split_claims
@@ -40,13 +41,26 @@ def last_round(run: str | Path) -> Path:
 
 
 def read_rows(folder: str | Path) -> list[Row]:
-    """All rows of a folder of Parquet files, without their images."""
-    prompts = load_prompts(folder)
-    images = [name for name in ("image", "images") if name in prompts.table.column_names]
-    return prompts.table.remove_columns(images).to_list()
+    """All rows of a folder of Parquet files, without their images and log-probs."""
+    table = load_prompts(folder).table
+    heavy = [name for name in ("image", "images", "logps", *REFERENCE_COLUMNS) if name in table.column_names]
+    return table.remove_columns(heavy).to_list()
 
 
 # --- training
+
+
+def training_options(run: str | Path) -> dict[str, Any]:
+    """The options of DPO in the options.json that train/dpo.py left in `run`; empty where there is none."""
+    file = Path(run) / "options.json"
+    return json.loads(file.read_text())["DPOArguments"] if file.is_file() else {}
+
+
+def start_loss(options: Mapping[str, Any]) -> float | None:
+    """The loss of a policy that is its own reference under `training_options`; None where it depends on the data (--sft_weight)."""
+    if options.get("sft_weight", 0.0):
+        return None
+    return (1 / (2 * options["dpo_beta"])) ** 2 if options.get("loss_type") == "ipo" else math.log(2)
 
 
 def training_curves(run: str | Path) -> pd.DataFrame:

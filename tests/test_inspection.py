@@ -28,9 +28,11 @@ from muffin.inspection import (
     read_rows,
     reliability,
     share_below_zero,
+    start_loss,
     token_rewards,
     token_texts,
     training_curves,
+    training_options,
     worst_pairs,
 )
 from muffin.pairs import load_preferences
@@ -125,6 +127,14 @@ def test_evaluations_go_under_the_names_of_training(tmp_path):
     assert len(training_curves(tmp_path)) == 1
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history[:1]}))
     assert len(evaluation_curves(tmp_path)) == 0
+
+
+def test_start_of_the_loss(tmp_path):
+    assert training_options(tmp_path) == {}
+    (tmp_path / "options.json").write_text(json.dumps({"DPOArguments": {"dpo_beta": 0.2, "loss_type": "ipo"}}))
+    assert start_loss(training_options(tmp_path)) == pytest.approx(6.25)  # (0 - 1 / (2 * 0.2))^2
+    assert start_loss({"dpo_beta": 0.1, "loss_type": "sigmoid", "dpo_label_smoothing": 0.1}) == pytest.approx(0.6931, abs=1e-4)
+    assert start_loss({"dpo_beta": 0.1, "sft_weight": 1.0}) is None
 
 
 def test_share_below_zero_and_the_worst(tmp_path):

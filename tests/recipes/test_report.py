@@ -186,13 +186,3 @@ def test_what_cannot_be_used_is_said_in_its_place(report, run, tiny_llava_path, 
         report(run=tmp_path)
     with pytest.raises(ValueError, match="--max_pairs 0 must be at least 1"):
         report(run=run, max_pairs=0)
-
-
-def test_start_of_the_loss(load_recipe, run):
-    recipe = load_recipe("eval/report.py")
-    material = recipe.Material(recipe.find_sources(recipe.ReportOptions(run=str(run))), recipe.ReportOptions(run=str(run)))
-    assert recipe.start_loss(material) == pytest.approx(0.6931, abs=1e-4)
-    material.training_options = {"dpo_beta": 0.2, "loss_type": "ipo"}
-    assert recipe.start_loss(material) == pytest.approx(6.25)  # (0 - 1 / (2 * 0.2))^2
-    material.training_options = {"loss_type": "sigmoid", "sft_weight": 1.0}
-    assert recipe.start_loss(material) is None
