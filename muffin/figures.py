@@ -15,6 +15,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path
+from matplotlib.textpath import text_to_path
+from matplotlib.transforms import Affine2D
 from PIL import Image
 
 from muffin.inspection import JudgedClaim, auroc, calibration_error, confusion, margins, reliability, share_below_zero
@@ -180,7 +185,8 @@ class _Word:
 
 COLUMNS = 84  # characters of a line
 FONT_SIZE = 9.0
-_CHARACTER = 0.602 * FONT_SIZE / 72  # width of DejaVu Sans Mono in inches
+_ADVANCE = 0.602  # width of a letter of DejaVu Sans Mono by its size
+_CHARACTER = _ADVANCE * FONT_SIZE / 72  # in inches
 _IMAGE_WIDTH = 2.1
 
 
@@ -203,7 +209,7 @@ def token_rewards(image: Image.Image, tokens: pd.DataFrame, title: str = "") -> 
         image,
         blocks,
         title,
-        note=f"bar up: likelier than before training, down: less likely; a full bar is {largest:.3f}; grey: shared beginning",
+        note=f"up: likelier than before training, down: less likely; a full bar is {largest:.3f}; grey: shared beginning",
         line_height=0.34,
     )
 
@@ -252,23 +258,33 @@ def _typeset(image: Image.Image, blocks: Sequence[tuple[str, Sequence[_Word]]], 
     page = figure.add_axes((_IMAGE_WIDTH / width, 0, COLUMNS * _CHARACTER / width, 1))
     page.set(xlim=(0, COLUMNS), ylim=(height, 0))
     page.axis("off")
-    style = {"family": "DejaVu Sans Mono", "fontsize": FONT_SIZE, "va": "center", "parse_math": False}
     for number, text in enumerate(title_lines):
-        page.text(0, 0.12 + 0.2 * number, text, color="black", **style)
+        _write(page, 0, 0.12 + 0.2 * number, text)
     for y, heading in headings:
-        page.text(0, y, heading, weight="bold", **style)
+        _write(page, 0, y, heading, weight="bold")
     for x, y, word in placed:
-        page.text(x, y, word.text, color=word.color, **style)
+        _write(page, x, y, word.text, color=word.color)
         indent, length = len(word.text) - len(word.text.lstrip()), len(word.text.strip())
         if word.struck:
             page.plot([x, x + length], [y, y], color=word.color, linewidth=1)
-        if word.bar:
+        if abs(word.bar) > 0.02:  # less would be a line no thicker than its edge
             offset = -0.075 if word.bar > 0 else 0.075
             colour = CHOSEN["color"] if word.bar > 0 else REJECTED["color"]
             page.bar(x + indent + length / 2, -0.085 * word.bar, width=max(length - 0.3, 0.5), bottom=y + offset, color=colour)
-    page.text(0, height - 0.1, note, color=GREY, **(style | {"fontsize": FONT_SIZE - 1.5}))
+    _write(page, 0, height - 0.1, note, color=GREY, scale=0.85)
     page.set(xlim=(0, COLUMNS), ylim=(height, 0))
     return figure
+
+
+def _write(page: Axes, x: float, y: float, text: str, *, color: str = "black", weight: str = "normal", scale: float = 1.0) -> None:
+    """Set text with its middle at y, as an outline: drawn as text, its letters would be as wide as the resolution's pixels allow."""
+    font = FontProperties(family="DejaVu Sans Mono", weight=weight, size=FONT_SIZE)
+    vertices, codes = text_to_path.get_text_path(font, text, ismath=False)
+    if not len(vertices):
+        return
+    size = scale / text_to_path.FONT_SCALE
+    to_page = Affine2D().scale(size / _ADVANCE, -size * FONT_SIZE / 72).translate(x, y + 0.35 * scale * FONT_SIZE / 72)
+    page.add_patch(PathPatch(to_page.transform_path(Path(vertices, codes)), facecolor=color, linewidth=0, gid=text))
 
 
 def _pieces(words: Sequence[_Word]) -> Iterator[tuple[_Word, bool]]:

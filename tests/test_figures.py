@@ -8,7 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib import colors
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch, Rectangle
 from PIL import Image
 
 from muffin import figures
@@ -26,7 +28,18 @@ def check_drawing(figure: Figure) -> None:
 
 
 def words(figure: Figure) -> str:
-    return "\n".join(text.get_text() for text in figure.findobj(lambda each: hasattr(each, "get_text")))
+    texts = [text.get_text() for text in figure.findobj(lambda each: hasattr(each, "get_text"))]
+    return "\n".join([*texts, *(text for axes in figure.axes for text in written(axes))])
+
+
+def written(axes: Axes) -> dict[str, tuple[float, float, float, tuple]]:
+    """Text that is drawn as an outline -> its left and right end, its middle and its colour; of equal texts the last."""
+    found = {}
+    for patch in axes.patches:
+        if isinstance(patch, PathPatch) and patch.get_gid():
+            box = patch.get_path().get_extents()
+            found[patch.get_gid()] = (box.x0, box.x1, (box.y0 + box.y1) / 2, patch.get_facecolor())
+    return found
 
 
 def rewards(margins: list[float], tokens: int = 4) -> pd.DataFrame:
@@ -106,15 +119,18 @@ def test_token_bars_point_where_the_reward_goes():
     ]
     figure = figures.token_rewards(PICTURE, pd.DataFrame(rows), "idx 3")
     page = figure.axes[1]
-    up, down = page.patches[0], page.patches[1]
+    up, down, rest = (patch for patch in page.patches if isinstance(patch, Rectangle))  # none for what is shared
+    assert rest.get_height() == down.get_height()  # the part of a token after its line break
     assert page.yaxis_inverted()  # inches from the top
     assert up.get_height() == pytest.approx(-0.0425) and down.get_height() == pytest.approx(0.085)  # half and full, up and down
-    assert {patch.get_facecolor() for patch in page.patches} == {colors.to_rgba("#0072b2"), colors.to_rgba("#d55e00")}
-    heights = {text.get_text(): text.get_position()[1] for text in page.texts}
-    assert up.get_y() + up.get_height() < up.get_y() < heights[" cat"]  # the bar stands above its token
-    assert down.get_y() > heights[" dog"]
-    greys = [text.get_color() for text in page.texts if text.get_text() == "The"]
-    assert greys == [figures.LIGHT] * 2
+    assert up.get_facecolor() == colors.to_rgba("#0072b2") and down.get_facecolor() == colors.to_rgba("#d55e00")
+    found = written(page)
+    assert up.get_y() + up.get_height() < up.get_y() < found[" cat"][2]  # the bar stands above its token
+    assert down.get_y() > found[" dog"][2]
+    left, right, _, _ = found[" cat"]  # after "The", below its bar: letters of width 1 from the fifth on
+    assert (left, right) == pytest.approx((4, 7), abs=0.2)
+    assert (up.get_x() + up.get_width() / 2) == pytest.approx((left + right) / 2, abs=0.2)
+    assert found["The"][3] == colors.to_rgba(figures.LIGHT) and found[" cat"][3] == colors.to_rgba("black")
     assert "chosen: reward +5.500" in words(figure) and "a full bar is 1.000" in words(figure) and "$x" in words(figure)
     check_drawing(figure)
 
@@ -127,9 +143,9 @@ def test_long_and_strange_texts_are_wrapped():
     ]
     rows.append({"side": "rejected", "token": 60, "text": "x" * 200 + "\u202e\x00", "shared": False, "reward": 0.0})
     figure = figures.token_rewards(PICTURE, pd.DataFrame(rows), "long " * 60)
-    for text in figure.axes[1].texts:
-        assert text.get_position()[0] + len(text.get_text().rstrip()) <= figures.COLUMNS or text.get_color() == figures.GREY
-        assert text.get_text().isprintable()
+    for text, (_, right, _, _) in written(figure.axes[1]).items():
+        assert right <= figures.COLUMNS and text.isprintable()
+    assert "x" * figures.COLUMNS in words(figure) and "w59" in words(figure)
     check_drawing(figure)
 
 
