@@ -497,11 +497,11 @@ def page(title: str, summary: str, sections: Sequence[str]) -> str:
 
 
 CSS = """
-body { margin: 0; background: #fff; color: #1a1a1a; font: 16px/1.5 system-ui, sans-serif; }
+body { margin: 0; background: #fff; color: #1a1a1a; font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 main { max-width: 72rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin: 2.5rem 0 .3rem; border-top: 1px solid #ccc; padding-top: 1rem; }
 h3 { font-size: 1rem; margin: 0 0 .5rem; } h4 { font-size: .9rem; margin: .9rem 0 .2rem; }
-p { margin: .3rem 0 .8rem; max-width: 48rem; overflow-wrap: anywhere; }
+p { margin: .3rem 0 .8rem; max-width: 48rem; }
 figure { margin: .5rem 0; } img { max-width: 100%; height: auto; }
 .beside { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; } .beside figure { max-width: 100%; }
 .scroll { overflow-x: auto; max-width: 100%; } .scroll img { max-width: none; }
