@@ -1,9 +1,11 @@
 """The page about a run: its numbers, what it leaves out, and that nothing in the data can act on it."""
 
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from tests.small_run import INVENTED, TRUE, write_run
@@ -98,6 +100,20 @@ def test_pairs_show_verdicts_and_the_sign_of_every_token(report, run):
     page, _ = report(run=run, max_pairs=4)
     assert {each["title"] for each in page.of_class("up3")} == {"+0.1000"}  # the first token of chosen of the second pair
     assert "+++" in page.words and "−−−" not in page.words
+
+
+def test_signs_of_tokens_by_hand(load_recipe):
+    """The largest is 0.5: two thirds and more of it make three signs, a third (0.167) two, a tenth (0.05) one; what is shared has none."""
+    rewards = [(5.0, True), (0.5, False), (-0.2, False), (0.06, False), (-0.01, False)]
+    rows = [{"side": "chosen", "text": f"t{n}\n", "shared": shared, "reward": reward} for n, (reward, shared) in enumerate(rewards)]
+    written = load_recipe("eval/report.py").token_html(pd.DataFrame(rows), "chosen")
+    assert re.findall(r'class="token (\w+)" title="(.*?)">t\d↵<i>(.*?)</i></span><br>', written) == [
+        ("shared", "+5.0000", "&nbsp;"),
+        ("up3", "+0.5000", "+++"),
+        ("down2", "−0.2000", "−−"),
+        ("up1", "+0.0600", "+"),
+        ("none", "−0.0100", "&nbsp;"),
+    ]
 
 
 def test_hostile_text_is_only_shown(report, tiny_llava_path, tmp_path):
