@@ -36,6 +36,7 @@ from muffin.policies import PolicyAdapter
 from muffin.provenance import write_atomically
 
 DPI = 144  # of pictures: sharp on screens of two pixels per CSS pixel, and on paper
+WORD_LETTERS = 24  # that the tokens of a word may have together, to stand on one line
 THUMBNAIL = 360  # pixels of the longer side of a pair's image
 KEPT_MARKS = "\n\u200c\u200d"  # joiners are part of emoji and of Persian words
 SCORING = "eval/muffin_inference_logp.py"
@@ -307,15 +308,21 @@ def claim_html(claim: inspection.JudgedClaim) -> str:
 def token_html(tokens: pd.DataFrame, side: str) -> str:
     """Tokens as text, each over its reward's sign: one to three plus or minus signs by size, as deep a shade, the value in its title."""
     largest = tokens[~tokens.shared].reward.abs().max()
-    spans = []
+    spans, letters = ["<span>"], 0  # a line breaks between words; a word that has no end, as in Chinese, after some letters
     for token in tokens[tokens.side == side].itertuples():
+        letters += len(token.text)
+        if token.text[:1].isspace() or letters > WORD_LETTERS:
+            spans.append("</span><span>")
+            letters = len(token.text)
         level = 0 if token.shared or not largest > 0 else sum(abs(token.reward) >= part * largest for part in LEVELS)
         sign = ("+" if token.reward > 0 else "−") * level
         kind = "shared" if token.shared else f"{'up' if token.reward > 0 else 'down'}{level}" if level else "none"
         written = text(token.text.replace("\n", "↵")) or "·"
         spans.append(f'<span class="token {kind}" title="{signed(token.reward, 4)}">{written}<i>{sign or "&nbsp;"}</i></span>')
-        spans += ["<br>"] * ("\n" in token.text)
-    return f'<p class="tokens">{"".join(spans)}</p>'
+        if "\n" in token.text:
+            spans.append("</span><br><span>")
+            letters = 0
+    return f'<p class="tokens">{"".join(spans)}</span></p>'
 
 
 def hallucination(material: Material) -> str:
@@ -514,7 +521,7 @@ article { border: 1px solid #ccc; border-radius: 6px; padding: .8rem; margin: 1r
 .pair > img { width: 200px; align-self: flex-start; }
 .question, .answer { unicode-bidi: isolate; white-space: pre-line; } .question { font-style: italic; }
 del { color: #8c1d18; } .verdict { color: #555; font-size: .8rem; white-space: nowrap; }
-.tokens { font: .85rem/1.2 ui-monospace, monospace; }
+.tokens { font: .85rem/1.2 ui-monospace, monospace; } .tokens > span { white-space: nowrap; }
 .token { display: inline-block; max-width: 100%; white-space: pre-wrap; unicode-bidi: isolate; border-radius: 2px; vertical-align: top; }
 .token i { display: block; font: bold .7rem/.8 ui-monospace, monospace; text-align: center; user-select: none; }
 .shared { color: #767676; }

@@ -107,13 +107,22 @@ def test_signs_of_tokens_by_hand(load_recipe):
     rewards = [(5.0, True), (0.5, False), (-0.2, False), (0.06, False), (-0.01, False)]
     rows = [{"side": "chosen", "text": f"t{n}\n", "shared": shared, "reward": reward} for n, (reward, shared) in enumerate(rewards)]
     written = load_recipe("eval/report.py").token_html(pd.DataFrame(rows), "chosen")
-    assert re.findall(r'class="token (\w+)" title="(.*?)">t\d↵<i>(.*?)</i></span><br>', written) == [
+    assert re.findall(r'class="token (\w+)" title="(.*?)">t\d↵<i>(.*?)</i></span></span><br><span>', written) == [
         ("shared", "+5.0000", "&nbsp;"),
         ("up3", "+0.5000", "+++"),
         ("down2", "−0.2000", "−−"),
         ("up1", "+0.0600", "+"),
         ("none", "−0.0100", "&nbsp;"),
     ]
+
+
+def test_lines_break_between_words(load_recipe):
+    """Tokens of a word share a span that does not break, which a text without spaces may not fill a line with."""
+    texts = ["The", " cobbl", "estones", ".", " A", *["好"] * 30]
+    rows = [{"side": "chosen", "text": text, "shared": False, "reward": 0.0} for text in texts]
+    written = load_recipe("eval/report.py").token_html(pd.DataFrame(rows), "chosen")
+    words = [re.sub(r"<i>.*?</i>|<.*?>", "", word) for word in re.split(r"(?<=</span>)</span><span>", written)]
+    assert words == ["The", " cobblestones.", " A" + "好" * 22, "好" * 8]
 
 
 def test_hostile_text_is_only_shown(report, tiny_llava_path, tmp_path):
