@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 
 ENGINES = ["deepspeed>=0.19"]
 EVAL = ["matplotlib>=3.10", "nltk>=3.10", "openai>=3.0", "pandas>=2.2"]
-NOTEBOOK = ["ipykernel>=7.0", "matplotlib>=3.10", "nbclient>=0.10", "nbconvert>=7.16", "pandas>=2.2"]
+NOTEBOOK = ["ipykernel>=7.0", "matplotlib>=3.10", "nbclient>=0.10", "nbconvert>=7.16", "nbformat>=5.10", "pandas>=2.2"]
 BENCH = ["trl>=1.16"]
 TEST = ["protobuf>=6.0", "pytest>=9.0", "pytest-xdist>=3.8", "ruff==0.17.6", "tensorboard>=2.20"]
 

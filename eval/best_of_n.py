@@ -24,12 +24,13 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from muffin import figures
 from muffin.generation import ANSWER_FEATURES
 from muffin.hallucination import Estimate, Ratio, divide, mean_words, percentile_interval, resample_sums, sum_per_image
+from muffin.inspection import best_of_n_table
 from muffin.pairs import PromptDataset, load_prompts, parse_column_map
 from muffin.policies import EncodedResponses, PolicyAdapter, PolicyOptions
 from muffin.provenance import write_atomically
@@ -45,20 +46,6 @@ REWARD_FEATURES = datasets.Features(
     {name: datasets.Value("float64") for name in ("reward_sum", "reward_mean", "policy_mean_logp")} | {"tokens": datasets.Value("int64")}
 )
 RANDOM, ORACLE = "random", "oracle"
-STYLES = {
-    "reward_mean": {"color": "tab:blue"},
-    "reward_sum": {"color": "tab:orange"},
-    "policy_mean_logp": {"color": "tab:green"},
-    RANDOM: {"color": "grey", "linestyle": "--"},
-    ORACLE: {"color": "black", "linestyle": ":"},
-}
-UNITS = {
-    "chair_s": "answers that invent an object, %",
-    "chair_i": "invented among named objects, %",
-    "recall": "objects covered, %",
-    "claim_error": "wrong claims, %",
-    "words": "words per answer",
-}
 
 
 @dataclass
@@ -147,7 +134,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     output_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(output_dir / "best_of_n.json", (json.dumps(result, indent=1) + "\n").encode())
     title = f"{len(scored)} prompts, {len(rows)} candidates"
-    plot(curves, numbers, f"best of N: {title}").savefig(output_dir / "best_of_n.png", dpi=120)
+    figures.best_of_n(best_of_n_table(result), f"best of N: {title}").savefig(output_dir / "best_of_n.png", dpi=120)
     write_rewards(candidates, rows, columns, sizes, options, output_dir)
     print(table_of(curves, numbers, title))
     return result
@@ -320,31 +307,6 @@ def table_of(curves: Lines, numbers: Sequence[int], title: str) -> str:
             values = "".join(f"{estimate.value:9.2f}" for estimate in by_metric[metric])
             lines.append(f"  {selector:<16}{values}   [{last.low:.2f}, {last.high:.2f}]")
     return "\n".join(lines)
-
-
-def plot(curves: Lines, numbers: Sequence[int], title: str) -> Figure:
-    """A panel per metric, a line per selector with its 95 % interval; the baselines are not in colour."""
-    metrics = list(curves[RANDOM])
-    columns = min(3, len(metrics))
-    rows = -(-len(metrics) // columns)
-    figure = Figure(figsize=(4 * columns, 3 * rows + 0.8), layout="constrained")
-    panels = np.atleast_1d(figure.subplots(rows, columns)).flatten()
-    for axes, metric in zip(panels, metrics, strict=False):
-        for selector, by_metric in curves.items():
-            line = by_metric[metric]
-            drawn = axes.plot(numbers, [estimate.value for estimate in line], marker="o", markersize=3, label=selector, **STYLES[selector])
-            low, high = [estimate.low for estimate in line], [estimate.high for estimate in line]
-            axes.fill_between(numbers, low, high, alpha=0.12, color=drawn[0].get_color(), linewidth=0)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(numbers, [str(n) for n in numbers])
-        axes.set_xlabel("N")
-        axes.set_title(UNITS.get(metric, metric))
-        axes.grid(alpha=0.3)
-    for axes in panels[len(metrics) :]:
-        axes.axis("off")
-    figure.suptitle(title)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(curves))
-    return figure
 
 
 def write_rewards(

@@ -78,8 +78,9 @@ IMPORT_ORDER = (
     "benchmarks",
     "checkpoint_choice",
     "reward",
-    "inspection",
     "shapeworld",  # a package: its modules may import each other
+    "inspection",
+    "figures",
 )
 RECIPE_FOLDERS = ("data", "eval", "train")
 SKIPPED_FOLDERS = {".venv", ".git", "build", "dist", "outputs", "runs", "__pycache__", ".pytest_cache", ".ruff_cache"}

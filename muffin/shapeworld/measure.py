@@ -42,14 +42,17 @@ def describe_labeler(rows: Sequence[Row]) -> dict[str, Estimate]:
 
 def describe_pairs(rows: Sequence[Row]) -> dict[str, Estimate]:
     """Of preference pairs: percent in which chosen truly has fewer wrong claims (right), as many (tie), or more (wrong)."""
-    wrong_claims = []
-    for row in rows:
-        scene = Scene.from_json(row["scene"])
-        wrong_claims.append([sum(not is_true(claim, scene) for claim in split_claims(row[side])) for side in ("chosen", "rejected")])
-    difference = np.array([chosen - rejected for chosen, rejected in wrong_claims])
+    difference = np.array([chosen - rejected for chosen, rejected in map(wrong_claims, rows)])
     ones = np.ones(len(rows))
     orders = {"right": difference < 0, "tie": difference == 0, "wrong": difference > 0}
     return estimate({name: Ratio(held.astype(float), ones) for name, held in orders.items()}, [row["image_path"] for row in rows])
+
+
+def wrong_claims(pair: Row) -> tuple[int, int]:
+    """How many claims of chosen and of rejected are false; `pair` has scene, chosen and rejected."""
+    scene = Scene.from_json(pair["scene"])
+    chosen, rejected = (sum(not is_true(claim, scene) for claim in split_claims(pair[side])) for side in ("chosen", "rejected"))
+    return chosen, rejected
 
 
 def draw_gallery(columns: Mapping[str, Sequence[str]], images: Sequence[Image.Image], scenes: Sequence[Scene]) -> Image.Image:
