@@ -332,8 +332,14 @@ def hallucination(material: Material) -> str:
         [row["moment"], row["decoding"], *(f"{row[name]:.1f} [{row[f'{name}_low']:.1f}, {row[f'{name}_high']:.1f}]" for name in names)]
         for _, row in moments.iterrows()
     ]
-    drawn = picture("Hallucination against recall at every moment", figures.hallucination_recall(moments))
+    drawn = picture("Hallucination against capability at every moment", figures.hallucination_capability(moments))
     return drawn + table(["moment", "decoding", *(figures.METRICS[name] for name in names)], cells)
+
+
+def checkpoints(material: Material) -> str:
+    results = need(material.sources.results, "results.json", "train/iterate.py writes it at its end (--run)")
+    choices = inspection.load_choices(results)
+    return picture("Checkpoints of every round", figures.checkpoint_choice(choices), figures.checkpoint_choice(choices, columns=1))
 
 
 def best_of_n(material: Material) -> str:
@@ -384,9 +390,14 @@ PANELS = (
         worst_pairs,
     ),
     Panel(
-        "Hallucination and recall",
+        "Hallucination and capability",
         "On held-out images with 95 % intervals over images; down and to the right is better. Saying less lowers both.",
         hallucination,
+    ),
+    Panel(
+        "Checkpoints",
+        "What each round's next start was chosen from (ringed), measured on the choice images; a checkpoint that says too little is out.",
+        checkpoints,
     ),
     Panel("Best of N", "What is gained by drawing N answers and keeping the one that a selector prefers.", best_of_n),
     Panel("Before and after", "Held-out images with both answers, wrong statements marked.", gallery),
@@ -424,7 +435,7 @@ def labeler_numbers(material: Material) -> Iterator[list[Any]]:
 
 def result_numbers(material: Material) -> Iterator[list[Any]]:
     for decoding, line in material.moments.groupby("decoding", sort=False):
-        for name in ("chair_s", "recall"):
+        for name in (name for plane in figures.PLANES for name in reversed(plane) if name in line):
             yield [f"{figures.METRICS[name]} ({decoding})", f"{line[name].iloc[0]:.1f} → {line[name].iloc[-1]:.1f}"]
 
 

@@ -43,7 +43,11 @@ METRICS = {
     "recall": "objects covered, %",
     "claim_error": "wrong claims, %",
     "words": "words per answer",
+    "rejected_share": "claims that the labeler rejects, %",
+    "rejected_claims": "rejected claims per answer",
+    "accepted_claims": "accepted claims per answer",
 }
+PLANES = (("recall", "chair_s"), ("accepted_claims", "rejected_share"))  # capability and hallucination, the first that results have
 
 
 def _panels(count: int, columns: int, width: float, height: float, below: float = 0.0) -> tuple[Figure, list[Axes]]:
@@ -368,11 +372,13 @@ def pair_order(orders: pd.DataFrame, rewards: pd.DataFrame | None = None, column
 # --- results
 
 
-def hallucination_recall(moments: pd.DataFrame, metric: str = "chair_s") -> Figure:
-    """Hallucination against recall at every moment (`inspection.load_moments`), with 95 % intervals; down and right is better.
+def hallucination_capability(moments: pd.DataFrame) -> Figure:
+    """Hallucination against capability at every moment (`inspection.load_moments`), with 95 % intervals; down and right is better.
 
-    One line per decoding, numbered in order of time: 0 is before training.
+    Object hallucination against recall where the truth is known, else the labeler's rejected against accepted claims. One line per
+    decoding, numbered in order of time: 0 is before training.
     """
+    capability, metric = next(plane for plane in PLANES if set(plane) <= set(moments.columns))
     figure, (axes,) = _panels(1, 1, 5.4, 4.4)
     styles = (
         CHOSEN,
@@ -381,14 +387,34 @@ def hallucination_recall(moments: pd.DataFrame, metric: str = "chair_s") -> Figu
         {"color": "#6a3d9a", "marker": "s", "linestyle": ":"},
     )
     for (decoding, line), style in zip(moments.groupby("decoding", sort=False), styles, strict=False):
-        spread = [[line[name] - line[f"{name}_low"], line[f"{name}_high"] - line[name]] for name in ("recall", metric)]
-        axes.errorbar(line.recall, line[metric], xerr=spread[0], yerr=spread[1], capsize=2, elinewidth=0.8, label=decoding, **style)
+        spread = [[line[name] - line[f"{name}_low"], line[f"{name}_high"] - line[name]] for name in (capability, metric)]
+        axes.errorbar(line[capability], line[metric], xerr=spread[0], yerr=spread[1], capsize=2, elinewidth=0.8, label=decoding, **style)
         for number, point in enumerate(line.itertuples()):
-            place = (point.recall, getattr(point, metric))
+            place = (getattr(point, capability), getattr(point, metric))
             axes.annotate(f"{number} {point.moment}", place, xytext=(6, 6), textcoords="offset points", fontsize=8)
-    axes.set(xlabel=METRICS["recall"], ylabel=METRICS.get(metric, metric), title="↘ better")
+    axes.set(xlabel=METRICS[capability], ylabel=METRICS[metric], title="↘ better")
     axes.grid(alpha=0.3)
     axes.legend(title="decoding", fontsize=8)
+    return figure
+
+
+def checkpoint_choice(choices: pd.DataFrame, columns: int = 2) -> Figure:
+    """A panel per round: its start (square), its checkpoints in order (circles, joined) and the chosen one (ringed), of
+    `inspection.load_choices`; down and right is better."""
+    rounds = list(choices.groupby("round", sort=False))
+    figure, panels = _panels(len(rounds), columns, 4.6, 3.6)
+    for axes, (name, found) in zip(panels, rounds, strict=True):
+        start, candidates = found[found["name"] == "start"], found[found["name"] != "start"]
+        axes.plot(candidates.capability, candidates.hallucination, **CHOSEN)
+        axes.plot(start.capability, start.hallucination, color="black", marker="s", linestyle="none")
+        chosen = found[found.chosen]
+        axes.plot(chosen.capability, chosen.hallucination, marker="o", markersize=13, fillstyle="none", color="black", linestyle="none")
+        for point in found.itertuples():
+            place, label = (point.capability, point.hallucination), point.name.removeprefix("checkpoint-")
+            axes.annotate(label, place, xytext=(8, 6), textcoords="offset points", fontsize=8)
+        names = [found[f"{number}_name"].iloc[0] for number in ("capability", "hallucination")]
+        axes.set(xlabel=METRICS.get(names[0], names[0]), ylabel=METRICS.get(names[1], names[1]), title=f"{name}   ↘ better")
+        axes.grid(alpha=0.3)
     return figure
 
 

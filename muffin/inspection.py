@@ -403,8 +403,9 @@ def pair_orders(pairs: Sequence[Row]) -> pd.DataFrame:
 def load_moments(results: str | Path) -> pd.DataFrame:
     """results.json of train/iterate.py, one row per moment (before, after-1, ..., after) and decoding, in order.
 
-    Columns: moment, decoding, and per metric (chair_s, chair_i, recall, claim_error, words) its value, METRIC_low and METRIC_high (95 %).
-    Raises ValueError when the file does not exist.
+    Columns: moment, decoding, and per metric (in the tiny world chair_s, chair_i, recall, claim_error, words; with own data the
+    labeler's rejected_share, rejected_claims, accepted_claims, words) its value, METRIC_low and METRIC_high (95 %).
+    Raises ValueError when the file does not exist, or holds no such numbers.
     """
     file = Path(results)
     if not file.is_file():
@@ -415,10 +416,33 @@ def load_moments(results: str | Path) -> pd.DataFrame:
     for moment in ("before", *between, "after"):
         for decoding, values in stored.get(moment, {}).items():
             intervals = {name.removesuffix("_interval"): value for name, value in values.items() if name.endswith("_interval")}
+            if not intervals:
+                continue  # results of benchmarks, which have tables of their own
             row = {"moment": moment, "decoding": decoding} | {name: values[name] for name in intervals}
             for name, (low, high) in intervals.items():
                 row |= {f"{name}_low": low, f"{name}_high": high}
             rows.append(row)
+    if not rows:
+        raise ValueError(f"{file} holds no evaluation; train/iterate.py makes one with --heldout_images above 0")
+    return pd.DataFrame(rows)
+
+
+def load_choices(results: str | Path) -> pd.DataFrame:
+    """The checkpoints of every round in results.json of train/iterate.py, one row per candidate, the round's start first.
+
+    Columns: round, name, hallucination, capability, chosen, and the names of the two numbers (hallucination_name, capability_name).
+    Raises ValueError when no round chose among checkpoints.
+    """
+    file = Path(results)
+    choices = json.loads(file.read_text()).get("choice", {}) if file.is_file() else {}
+    rows = [
+        {"round": name, **each, "chosen": each["name"] == choice["chosen"]}
+        | {f"{number}_name": choice[number] for number in ("hallucination", "capability")}
+        for name, choice in choices.items()
+        for each in choice.get("measured", ())
+    ]
+    if not rows:
+        raise ValueError(f"{file} holds no choice of checkpoints; train/iterate.py makes one with --checkpoints_per_epoch above 0")
     return pd.DataFrame(rows)
 
 

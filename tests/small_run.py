@@ -49,7 +49,9 @@ def write_run(folder: Path, model: Path, *, truth: bool = True, more: str = "") 
 
     if truth:
         moments = {name: {"greedy": _measured(value)} for name, value in (("before", 40.0), ("after", 10.0))}
-        (folder / "results.json").write_text(json.dumps(moments))
+        measured = [{"name": name, "hallucination": 9.0 - n, "capability": 3.0} for n, name in enumerate(("start", "checkpoint-2"))]
+        choice = {"chosen": "checkpoint-2", "hallucination": "rejected_share", "capability": "accepted_claims", "measured": measured}
+        (folder / "results.json").write_text(json.dumps(moments | {"choice": {"round-1": choice}}))
         Image.new("RGB", (60, 40), "white").save(folder / "before-after.png")
     points = [{"value": value, "low": value - 1, "high": value + 1} for value in (5.0, 4.0)]
     (folder / "best_of_n").mkdir()

@@ -194,6 +194,31 @@ def test_pair_order():
     assert len(figures.pair_order(orders).axes) == 1
 
 
+def test_checkpoints_of_rounds():
+    names = {"hallucination_name": "rejected_share", "capability_name": "accepted_claims"}
+    points = [("round-1", "start", 50.0, 4.0), ("round-1", "checkpoint-5", 20.0, 3.8), ("round-1", "checkpoint-10", 5.0, 1.0)]
+    points += [("round-2", "start", 20.0, 3.8), ("round-2", "checkpoint-5", 10.0, 3.9)]
+    choices = pd.DataFrame(
+        [
+            {"round": number, "name": name, "hallucination": y, "capability": x, "chosen": name == "checkpoint-5"} | names
+            for number, name, y, x in points
+        ]
+    )
+    figure = figures.checkpoint_choice(choices)
+    candidates, start, chosen = figure.axes[0].lines
+    assert list(candidates.get_xdata()) == [3.8, 1.0] and list(candidates.get_ydata()) == [20.0, 5.0]
+    assert list(start.get_ydata()) == [50.0] and list(chosen.get_ydata()) == [20.0]
+    assert len({candidates.get_marker(), start.get_marker()}) == 2 and chosen.get_fillstyle() == "none"
+    assert all(label in words(figure) for label in ("start", "5", "10"))
+    check_drawing(figure)
+
+
+def test_hallucination_by_the_labeler_where_there_is_no_truth():
+    row = {name: 2.0 for metric in ("accepted_claims", "rejected_share") for name in (metric, f"{metric}_low", f"{metric}_high")}
+    figure = figures.hallucination_capability(pd.DataFrame([{"moment": "before", "decoding": "greedy"} | row]))
+    assert figure.axes[0].get_xlabel() == "accepted claims per answer"
+
+
 def test_hallucination_against_recall():
     moments = pd.DataFrame(
         [
@@ -203,7 +228,7 @@ def test_hallucination_against_recall():
             for decoding in ("greedy", "t1")
         ]
     )
-    figure = figures.hallucination_recall(moments)
+    figure = figures.hallucination_capability(moments)
     greedy, sampled = (container.lines[0] for container in figure.axes[0].containers)
     assert list(greedy.get_ydata()) == [40.0, 10.0] and list(greedy.get_xdata()) == [80.0, 80.0]
     assert greedy.get_marker() != sampled.get_marker()

@@ -19,6 +19,7 @@ from muffin.inspection import (
     confusion,
     evaluation_curves,
     last_round,
+    load_choices,
     load_moments,
     load_scoring_adapter,
     load_scorings,
@@ -260,6 +261,33 @@ def test_moments_in_order_of_time(tmp_path):
     assert moments.iloc[0].to_dict() == {"moment": "before", "decoding": "greedy", "chair_s": 4.0, "chair_s_low": 3.0, "chair_s_high": 6.0}
     with pytest.raises(ValueError, match="does not exist"):
         load_moments(tmp_path / "nothing.json")
+
+
+def test_moments_leave_benchmarks_out(tmp_path):
+    file = tmp_path / "results.json"
+    before = {"greedy": {"words": 4.0, "words_interval": [3.0, 6.0]}, "benchmarks": {"chair": {"chair_s": 40.0}}}
+    file.write_text(json.dumps({"before": before, "after": {"benchmarks": before["benchmarks"]}}))
+    assert load_moments(file).decoding.tolist() == ["greedy"]
+    file.write_text(json.dumps({"before": {}, "after": {}}))
+    with pytest.raises(ValueError, match="holds no evaluation"):
+        load_moments(file)
+
+
+def test_choices_of_checkpoints(tmp_path):
+    file = tmp_path / "results.json"
+    measured = [
+        {"name": "start", "hallucination": 9.0, "capability": 3.0},
+        {"name": "checkpoint-2", "hallucination": 8.0, "capability": 3.0},
+    ]
+    choice = {"chosen": "checkpoint-2", "hallucination": "rejected_share", "capability": "accepted_claims", "measured": measured}
+    file.write_text(json.dumps({"choice": {"round-1": choice, "round-2": {"chosen": "the end of the training"}}}))
+    found = load_choices(file)
+    assert found["round"].tolist() == ["round-1", "round-1"]
+    assert found["chosen"].tolist() == [False, True]
+    assert found["hallucination"].tolist() == [9.0, 8.0] and set(found["capability_name"]) == {"accepted_claims"}
+    file.write_text(json.dumps({"choice": {"round-2": {"chosen": "the end of the training"}}}))
+    with pytest.raises(ValueError, match="holds no choice of checkpoints"):
+        load_choices(file)
 
 
 def test_best_of_n_points():

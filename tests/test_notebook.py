@@ -23,7 +23,7 @@ FIGURES = {
     "tokens": 3,
     "labeler": 2,
     "pair_order": 1,
-    "results": 1,
+    "results": 2,
     "best_of_n": 1,
 }
 

@@ -9,10 +9,10 @@ the paper's settings; --generation_flags and its like give other flags to a stag
 runs the same loop in the tiny image world, whose policy and labeler are trained from nothing first (kept in --cache_dir).
 Killed: the same command again; finished stages are not repeated and recipes go on where they were.
 
-Output: results.json (before, after-1, ..., after; the chosen checkpoints; seconds), manifest.json (every stage: command, seconds, hashes
-of its files), prompts/ (own data, divided), evaluation-N/ (of the policy after round N; 0 is the start), and per round
-round-N/answers, judged, pairs, scored, policy, choice, merged and manifest.json. In the last one also rescored/: pairs that the trained
-policy scored again. In the tiny world before-after.png as well.
+Output: report.html (eval/report.py); results.json (before, after-1, ..., after; the chosen checkpoints; seconds); manifest.json (every
+stage: command, seconds, hashes of its files); prompts/ (own data, divided); evaluation-N/ (of the policy after round N; 0 is the start);
+and per round round-N/answers, judged, pairs, scored, policy, choice, merged and manifest.json, in the last one also rescored/: pairs that
+the trained policy scored again. In the tiny world before-after.png as well.
 """
 
 import json
@@ -22,6 +22,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ from muffin.stages import Ledger, Stage, check_flags
 logger = logging.getLogger("train.iterate")
 
 ROOT = Path(__file__).resolve().parents[1]
+REPORT = "report"
 GREEDY = ("--num_answers", "1", "--temperature", "0")
 SAMPLED = ("--num_answers", "2", "--temperature", "1")
 WORLD_METRICS = {"chair_s": "CHAIRs", "chair_i": "CHAIRi", "recall": "recall", "claim_error": "wrong claims", "words": "words"}
@@ -112,6 +114,7 @@ class IterateOptions:
     rescored_pairs: int = field(
         default=1000, metadata={"help": "Pairs of the last round that the trained policy scores again, to look at rewards; 0 for none."}
     )
+    report: bool = field(default=True, metadata={"help": "End with report.html, which takes matplotlib and pandas."})
     redo_changed: bool = field(
         default=False, metadata={"help": "Remove what earlier flags made, and all after it, and make it again, instead of stopping."}
     )
@@ -180,11 +183,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             write_manifest(run, number, choices[f"round-{number}"])
         rescore(run, policy_now)
         moments = measure_world(run) if run.truth else read_evaluations(run)
-    results = {**moments, "choice": choices, "policy": policy_now, "seconds": ledger.seconds}
-    write_atomically(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+        seconds = {name: each for name, each in ledger.seconds.items() if name != REPORT}
+        results = {**moments, "choice": choices, "policy": policy_now, "seconds": seconds}
+        write_atomically(folder / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+        if options.report:
+            page = folder / "report.html"
+            ledger.run(Stage(REPORT, ("eval/report.py", "--run", str(folder), "--output", str(page)), page))
     shown = (WORLD_METRICS, "percent, words per answer") if run.truth else (OWN_METRICS, "by the labeler")
-    print(report(results, *shown))
+    print(format_results(results, *shown))
     print(f"\n{time.perf_counter() - start:.0f} s; policy: {policy_now}\nnumbers: {folder / 'results.json'}, stages: {ledger.file}")
+    if options.report:
+        print(f"to look at: {page}")
     return results
 
 
@@ -203,6 +212,8 @@ def check_options(world: ColdStartOptions, options: IterateOptions) -> None:
         raise ValueError(
             "no labeler: give --labeler_name_or_path MODEL (or self), or a server in --labeling_flags '--labeler endpoint ...'"
         )
+    if options.report and not (find_spec("matplotlib") and find_spec("pandas")):
+        raise ValueError("--report True draws with matplotlib and pandas: pip install -c constraints.txt -e '.[eval]', or --report False")
     for option, recipe in FLAGS.items():
         if words := shlex.split(getattr(options, option)):
             check_flags(ROOT / recipe, words, f"--{option}")
@@ -483,7 +494,7 @@ def flat(estimates: dict[str, dict[str, float]]) -> dict[str, Any]:
     return values | {f"{name}_interval": [round(each["low"], 2), round(each["high"], 2)] for name, each in estimates.items()}
 
 
-def report(results: dict[str, Any], metrics: dict[str, str], unit: str) -> str:
+def format_results(results: dict[str, Any], metrics: dict[str, str], unit: str) -> str:
     """The table that the run ends with: a column for every moment, 95 % bootstrap intervals over images."""
     moments = [name for name in results if name == "before" or name.startswith("after")]
 

@@ -18,7 +18,7 @@ FLAGS = ["--labeler_name_or_path", "self", "--iterations", "2", "--dtype", "floa
 FLAGS += ["--num_train_epochs", "1", "--checkpoints_per_epoch", "2", "--choice_images", "2", "--heldout_images", "2"]
 FLAGS += ["--generation_flags", "--num_answers 6 --temperature 1 --max_new_tokens 24 --num_workers 0 --shard_rows 3"]
 FLAGS += ["--labeling_flags", "--num_workers 0", "--scoring_flags", "--num_workers 0 --shard_rows 5"]
-FLAGS += ["--evaluation_flags", "--max_new_tokens 24 --num_workers 0", "--rescored_pairs", "5"]
+FLAGS += ["--evaluation_flags", "--max_new_tokens 24 --num_workers 0", "--rescored_pairs", "5", "--report", "False"]
 FLAGS += ["--training_flags", "--per_device_train_batch_size 4 --disable_tqdm True --logging_steps 1 --lora_r 4"]
 
 

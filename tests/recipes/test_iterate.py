@@ -2,6 +2,7 @@
 
 import json
 import math
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 
 from muffin import stages
 from muffin.pairs import load_preferences, load_prompts
+from tests.openai_server import serve
 from tests.tiny import write_parquet
 
 SMALL = ["--world", "small", "--train_images", "800", "--heldout_images", "100", "--images_per_round", "96", "--choice_images", "8"]
@@ -52,6 +54,7 @@ def test_small_world_with_true_labels(load_recipe, in_process: list[str], tmp_pa
     assert results["pairs"]["right"] == 100
     assert set(results["seconds"]) >= {"round-1/scored", "round-1/policy", "round-1/merged", "round-1/rescored", "measures"}
     assert (tmp_path / "run" / "before-after.png").stat().st_size > 10_000
+    assert "struck" in (tmp_path / "run" / "report.html").read_text()
     assert "wrong claims" in capsys.readouterr().out
 
     # the trained policy prefers what it was taught to: pairs scored again by it
@@ -90,8 +93,8 @@ def test_small_world_with_true_labels(load_recipe, in_process: list[str], tmp_pa
     assert in_process == []
     iterate.main([*other, "--redo_changed", "True"])
     assert in_process[0] == "round-1/judged"
-    assert in_process[-1] == "measures"
-    assert len(in_process) == 9
+    assert in_process[-2:] == ["measures", "report"]
+    assert len(in_process) == 10
     assert json.loads((tmp_path / "run" / "results.json").read_text())["labeler"]["accuracy"] < 100
 
 
@@ -135,8 +138,64 @@ def test_own_data_two_rounds_with_choice_of_checkpoints(load_recipe, in_process:
     assert list(results)[:3] == ["before", "after-1", "after"]
     assert {"rejected_share", "accepted_claims", "words_interval"} <= set(results["after"]["greedy"])
     assert len(load_preferences(run / "round-2" / "rescored")) == 3
+    assert (tmp_path / "run" / "report.html").exists()
     assert "accepted per answer" in capsys.readouterr().out
     assert json.loads((run / "round-2" / "manifest.json").read_text())["evaluation"] == results["after"]
+
+
+def speaking(body: dict) -> tuple[int, str]:
+    """A model that describes, splits, asks and judges; about every other claim it says yes."""
+    content = body["messages"][0]["content"]
+    text = content if isinstance(content, str) else content[1]["text"]
+    choice: dict = {"finish_reason": "stop"}
+    if not isinstance(content, str):
+        assert content[0]["image_url"]["url"].startswith("data:image/")
+    if body.get("logprobs"):
+        p_yes = (zlib.crc32(text.encode()) % 100 + 0.5) / 100
+        top = [{"token": "Yes", "logprob": math.log(p_yes)}, {"token": "No", "logprob": math.log(1 - p_yes)}]
+        choice |= {"message": {"content": "Yes"}, "logprobs": {"content": [{"top_logprobs": top}]}}
+    elif not isinstance(content, str):  # an answer, by the request's seed
+        seed = body["seed"]
+        choice["message"] = {"content": " ".join(f"There are {(seed >> k) % 97} things." for k in range(1 + seed % 4))}
+    elif "Answer: " in text:
+        parts = [part.strip() for part in text.rpartition("Answer: ")[2].split(".") if part.strip()]
+        choice["message"] = {"content": "\n".join(f"{number}. {part}." for number, part in enumerate(parts, 1))}
+    else:
+        items = [line for line in text.splitlines() if line[:1].isdigit()]
+        choice["message"] = {"content": "\n".join(f"{number}. Is it so: {item}" for number, item in enumerate(items, 1))}
+    return 200, json.dumps({"model": "m", "choices": [choice]})
+
+
+@pytest.fixture(params=["drawn", "photos"])
+def images(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    if request.param == "photos":
+        return request.getfixturevalue("samples") / "rlaifv_photos" / "photos_30.parquet"
+    return write_parquet(tmp_path / "rows.parquet", 30)
+
+
+def test_servers_generate_split_and_judge(load_recipe, in_process, images: Path, tiny_llava_path, tmp_path: Path):
+    """One round in which everything but the policy is a server that speaks OpenAI's protocol."""
+    with serve(speaking) as server:
+        flags = ["--model_name_or_path", str(tiny_llava_path), "--data_path", str(images), "--output_dir", str(tmp_path / "run")]
+        flags += ["--iterations", "1", "--dtype", "float32", "--choice_images", "2", "--heldout_images", "2", "--report", "False"]
+        flags += ["--lora_enable", "True", "--learning_rate", "1e-3", "--num_train_epochs", "1", "--checkpoints_per_epoch", "1"]
+        flags += ["--generation_flags", f"--generator endpoint --base_url {server.url} --model_name_or_path served --num_answers 6"]
+        labeling = f"--labeler endpoint --labeler_model judge --labeler_base_url {server.url} --num_workers 0"
+        flags += ["--labeling_flags", f"{labeling} --splitter endpoint --splitter_model splits --splitter_base_url {server.url}"]
+        flags += ["--scoring_flags", "--num_workers 0", "--evaluation_flags", "--max_new_tokens 16 --num_workers 0"]
+        flags += ["--training_flags", "--per_device_train_batch_size 8 --disable_tqdm True --lora_r 4"]
+        results = load_recipe("train/iterate.py").main(flags)
+    run = tmp_path / "run"
+    asked = {name: sum(body["model"] == name for body in server.requests) for name in ("served", "judge", "splits")}
+    prompts = len(load_prompts(run / "prompts" / "round-1"))
+    assert asked["served"] == 6 * prompts  # the policy itself answers what is evaluated
+    assert asked["judge"] > asked["splits"] > 0
+    pairs = load_preferences(run / "round-1" / "rescored")
+    assert len(pairs) > prompts / 2
+    assert all(pair.chosen.startswith("There are") for pair in pairs)
+    training = json.loads((run / "round-1" / "manifest.json").read_text())["training"]
+    assert training["first"]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert Path(results["policy"]) == run / "round-1" / "merged"
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,8 @@ def test_without_truth_its_panels_are_left_out(report, tiny_llava_path, tmp_path
     assert left_out == [
         "The labeler against the truth",
         "The order of pairs against the truth",
-        "Hallucination and recall",
+        "Hallucination and capability",
+        "Checkpoints",
         "Before and after",
     ]
     assert page.text.count("have no column `scene`") == 2 and "[0.25]" in page.words
@@ -180,14 +181,15 @@ def test_folders_by_name_and_what_would_make_the_rest(report, run, capsys):
         "Margins",
         "Reward and length",
         "Pairs with the lowest margins",
-        "Hallucination and recall",
+        "Hallucination and capability",
+        "Checkpoints",
         "Before and after",
     ]
-    assert len(page.of_class("left-out")) == 6
+    assert len(page.of_class("left-out")) == 7
     assert "no training run; made by train/dpo.py (--policy)" in page.text
     assert "no pairs scored by the trained policy; made by eval/muffin_inference_logp.py with the trained policy" in page.text
     assert "0.1 (assumed; give --beta)" in page.words
-    assert "3 of 9 panels" in capsys.readouterr().out
+    assert "3 of 10 panels" in capsys.readouterr().out
 
     # without a tokenizer the pairs stand without their tokens; with --beta the margins have another scale
     folders = {"scored": last / "scored", "rescored": last / "rescored"}
