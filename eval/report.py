@@ -294,7 +294,7 @@ def worst_pairs(material: Material) -> str:
 
 def side_html(side: str, pair: PreferencePair, row: inspection.Row, reward: pd.Series, tokens: pd.DataFrame | None) -> str:
     """One answer of a pair: its claims with the labeler's verdicts, or its text, then its tokens."""
-    heading = f"<h4>{side}: reward {signed(reward.reward_sum)}, {signed(reward.reward_mean)} per token, {reward.tokens:.0f} tokens</h4>"
+    heading = f"<h4>{side}: reward {signed(reward.reward_sum)}, {signed(reward.reward_mean, 4)} per token, {reward.tokens:.0f} tokens</h4>"
     claims = [claim_html(claim) for claim in inspection.claims_of(row, side)]
     answer = " ".join(claims) or text(pair.chosen if side == "chosen" else pair.rejected)
     return f'{heading}<p class="answer">{answer}</p>' + ("" if tokens is None else token_html(tokens, side))
@@ -525,6 +525,7 @@ figure { margin: .5rem 0; } img { max-width: 100%; height: auto; }
 .scroll { overflow-x: auto; max-width: 100%; } .scroll img { max-width: none; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #ddd; white-space: nowrap; font-weight: normal; }
+th[scope=row] { white-space: normal; }
 thead th { font-weight: bold; }
 .left-out { color: #555; border-left: 4px solid #bbb; padding-left: .7rem; }
 article { border: 1px solid #ccc; border-radius: 6px; padding: .8rem; margin: 1rem 0; }

@@ -144,8 +144,12 @@ def margin_histogram(train: pd.DataFrame, heldout: pd.DataFrame | None = None) -
     axes.axvline(0, color="black", linewidth=1.2)
     low, high = axes.get_ylim()
     axes.set_ylim(low, high * 1.06)
-    axes.text(0, high * 1.05, " order kept →", va="top", fontsize=8)
-    axes.text(0, high * 1.05, "← order turned round ", va="top", ha="right", fontsize=8)
+    left, right = axes.get_xlim()
+    share = -left / (right - left)  # of the width, left of 0
+    if share < 0.9:
+        axes.text(0, high * 1.05, " order kept →", va="top", fontsize=8)
+    if share > 0.35:  # else there is no room, and little to say
+        axes.text(0, high * 1.05, "← order turned round ", va="top", ha="right", fontsize=8)
     axes.set(xlabel="margin: reward of chosen - reward of rejected, beta x nats", ylabel="% of pairs")
     figure.legend(loc="outside lower center", fontsize=8)
     return figure
