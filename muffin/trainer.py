@@ -5,12 +5,13 @@ PreferencePair --PairCollator (workers)--> PairBatch --response_logps--> per-tok
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -28,11 +29,14 @@ from muffin.batches import (
 from muffin.logps import response_logps
 from muffin.losses import cdpo_loss, dpo_loss, ipo_loss, sft_loss
 from muffin.metrics import preference_metrics
-from muffin.pairs import PreferenceDataset
+from muffin.pair_log import PairLog
+from muffin.pairs import PreferenceDataset, PreferencePair
 from muffin.policies import PolicyAdapter
 from muffin.policy_trainer import PolicyArguments, PolicyTrainer
 from muffin.provenance import REFERENCE_FILE, explain_difference, reference_id, write_atomically
 from muffin.reference_gate import check_reference, spread_positions
+
+LOGGED_PAIRS = 4
 
 
 @dataclass
@@ -61,7 +65,14 @@ class DPOArguments(PolicyArguments):
         default=False, metadata={"help": "Train on stored log-probs that this policy did not make, such as those RLAIF-V publishes."}
     )
 
+    log_pairs_steps: int = field(
+        default=100,
+        metadata={"help": "Steps between two tables of four fixed pairs (held-out ones, if given) with their rewards; 0 for none."},
+    )
+
     def __post_init__(self) -> None:
+        if self.log_pairs_steps < 0:
+            raise ValueError(f"--log_pairs_steps is {self.log_pairs_steps}, want a number of steps, or 0 for none")
         if self.label_smoothing_factor:
             raise ValueError(
                 f"--label_smoothing_factor {self.label_smoothing_factor} smooths tokens; for noisy preferences: --dpo_label_smoothing"
@@ -141,6 +152,10 @@ class DPOTrainer(PolicyTrainer):
             callbacks=callbacks,
         )
         self.add_callback(_ReferenceGate(self))
+        if args.log_pairs_steps:
+            shown = train_dataset if eval_dataset is None else eval_dataset
+            pairs = [shown[position] for position in spread_positions(len(shown), LOGGED_PAIRS)]
+            self.add_callback(PairLog(pairs, self.rewards, steps=args.log_pairs_steps, others=self.callback_handler.callbacks))
 
     def _shuffled(self, dataset: PreferenceDataset) -> ShuffledRows:
         if self.args.group_by_prompt:
@@ -165,6 +180,16 @@ class DPOTrainer(PolicyTrainer):
             policy_chosen_logps=chosen_sums,
             policy_rejected_logps=rejected_sums,
         )
+
+    @torch.no_grad()
+    def rewards(self, pairs: Sequence[PreferencePair]) -> tuple[Tensor, Tensor]:
+        """Rewards of chosen and of rejected (P,) under the policy as it is now, without dropout."""
+        training = self.model_wrapped.training
+        self.model_wrapped.eval()
+        _, values = self._checked_losses(self.model_wrapped, self._prepare_inputs(self.data_collator(pairs)))
+        self.model_wrapped.train(training)
+        chosen, rejected = (values[:, self._metric_names.index(name)] for name in ("rewards/chosen", "rewards/rejected"))
+        return chosen, rejected
 
     # --- reference
 

@@ -53,6 +53,7 @@ IMPORT_ORDER = (
     "muon",
     "checkpoints",
     "policy_trainer",
+    "pair_log",
     "trainer",
     "sft",
     "training_run",
