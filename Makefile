@@ -1,5 +1,5 @@
 # make demo: the whole job on a handful of generated images.   make test: the test suite.   make lint: ruff.
-# make chaos: the real commands under random SIGKILLs (25 over scoring, 10 over training), some five minutes; CHAOS_SEED=N for other moments.
+# make chaos: the real commands under random SIGKILLs (25 over scoring, 10 over training, 10 over the loop), 20 minutes; CHAOS_SEED=N: other moments.
 # Each sets up .venv by itself, and again when setup.py or constraints.txt changes. PYTHON=... picks another interpreter (3.11 or newer).
 
 VENV := .venv

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from tests.conftest import ROOT
 
-PATIENCE_S = 600.0
+PATIENCE_S = 1800.0
 FORK = multiprocessing.get_context("fork")
 
 

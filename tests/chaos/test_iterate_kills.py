@@ -15,7 +15,7 @@ from tests.chaos.kills import FORK, Process, command, forked, kill_until_done, w
 from tests.tiny import write_parquet
 
 FLAGS = ["--labeler_name_or_path", "self", "--iterations", "2", "--dtype", "float32", "--lora_enable", "True", "--learning_rate", "1e-3"]
-FLAGS += ["--num_train_epochs", "1", "--checkpoints_per_epoch", "2", "--choice_images", "2", "--heldout_images", "2"]
+FLAGS += ["--num_train_epochs", "1", "--checkpoints_per_epoch", "1", "--choice_images", "2", "--heldout_images", "2"]
 FLAGS += ["--generation_flags", "--num_answers 6 --temperature 1 --max_new_tokens 24 --num_workers 0 --shard_rows 3"]
 FLAGS += ["--labeling_flags", "--num_workers 0", "--scoring_flags", "--num_workers 0 --shard_rows 5"]
 FLAGS += ["--evaluation_flags", "--max_new_tokens 24 --num_workers 0", "--rescored_pairs", "5", "--report", "False"]
@@ -103,7 +103,7 @@ def test_files_equal_those_of_an_undisturbed_run(start, chaos, rng, tiny_llava_p
     wanted, killed, runs = (10 if chaos else 3), 0, 0
     while killed < wanted:
         output_dir = tmp_path / f"killed-{runs}"
-        killed += kill_until_done(job(output_dir), rng=rng, kills=wanted - killed, longest_life=life)
+        killed += kill_until_done(job(output_dir), rng=rng, kills=wanted - killed, longest_life=life / 3)
         runs += 1
         found = hashes(output_dir)
         assert list(found) == list(whole)
