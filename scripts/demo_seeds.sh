@@ -8,4 +8,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 for seed in 0 1 2; do
     scripts/demo.sh --output_dir "outputs/demo-$seed" --seed "$seed" "$@"
 done
-python eval/compare_runs.py --runs outputs/demo-0 outputs/demo-1 outputs/demo-2 --output outputs/seeds.md
+python eval/compare_runs.py --runs outputs/demo-0 outputs/demo-1 outputs/demo-2 --output outputs/seeds.md --numbers outputs/seeds.json

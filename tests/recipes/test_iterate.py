@@ -229,10 +229,12 @@ def test_compare_runs_by_hand(load_recipe, tmp_path: Path):
     run.mkdir()
     results = {"before": moment(40.0), "after": moment(10.0), "labeler": {"accuracy": 90.0, "fpr": 20.0}}
     (run / "results.json").write_text(json.dumps(results | {"pairs": {"right": 70.0, "tie": 25.0, "wrong": 5.0}}))
-    table = load_recipe("eval/compare_runs.py").main(["--runs", str(run), "--output", str(tmp_path / "seeds.md")])
+    flags = ["--runs", str(run), "--output", str(tmp_path / "seeds.md"), "--numbers", str(tmp_path / "seeds.json")]
+    table = load_recipe("eval/compare_runs.py").main(flags)
     row = table.splitlines()[2].split(" | ")
     assert row[1] == "40.0 [39.0, 41.0] -> 10.0 [9.0, 11.0]"
     assert row[-2:] == ["90.0 / 20.0", "70.0 / 25.0 / 5.0 |"]
     assert (tmp_path / "seeds.md").read_text() == table + "\n"
+    assert json.loads((tmp_path / "seeds.json").read_text())["demo-0"]["after"]["t1"]["recall_interval"] == [9.0, 11.0]
     with pytest.raises(ValueError, match="demo-1 has no results.json"):
         load_recipe("eval/compare_runs.py").main(["--runs", str(tmp_path / "demo-1")])
