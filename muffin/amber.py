@@ -79,6 +79,7 @@ def read_annotations(path: str | Path) -> dict[int, Annotation]:
 
 
 def read_lexicon(relation: str | Path, safe_words: str | Path) -> Lexicon:
+    """AMBER's files: relation.json (word -> words that name the same or a part of it), safe_words.txt (one per line)."""
     safe = Path(safe_words).read_text(encoding="utf-8").split("\n")
     return Lexicon(json.loads(Path(relation).read_text(encoding="utf-8")), frozenset(filter(None, map(str.strip, safe))))
 

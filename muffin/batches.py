@@ -37,10 +37,12 @@ Reduction = Callable[[PreferencePair, Tensor, Tensor], ReducedPair]
 
 
 def summed(pair: PreferencePair, chosen_ids: Tensor, rejected_ids: Tensor) -> ReducedPair:
+    """Weight 1 per token and the stored sums: log-probs of whole responses, as in DPO's paper."""
     return ReducedPair(torch.ones(len(chosen_ids) + len(rejected_ids)), pair.ref_win_logp, pair.ref_rej_logp)
 
 
 def averaged(pair: PreferencePair, chosen_ids: Tensor, rejected_ids: Tensor) -> ReducedPair:
+    """Weight 1 / length per token and the stored averages: log-probs per token."""
     weights = torch.cat([torch.full((len(ids),), 1 / len(ids)) for ids in (chosen_ids, rejected_ids)])
     return ReducedPair(weights, pair.ref_win_avg_logp, pair.ref_rej_avg_logp)
 
@@ -82,9 +84,11 @@ class PairBatch:
         return len(self)
 
     def to(self, device: torch.device | str) -> "PairBatch":
+        """With all tensors on `device`."""
         return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "PairBatch":
+        """With all tensors in page-locked memory; DataLoader calls it."""
         return map_tensors(self, lambda tensor: tensor.pin_memory())
 
 
@@ -125,6 +129,7 @@ class ShuffledRows(torch.utils.data.Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Choose the order of that epoch (from 0) for the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -134,6 +139,7 @@ class ShuffledRows(torch.utils.data.Sampler[int]):
         yield from self.order(np.random.default_rng([self.seed, self.epoch]))
 
     def order(self, rng: np.random.Generator) -> list[int]:
+        """Positions of all rows, in the order that `rng` draws."""
         return rng.permutation(self.rows).tolist()
 
 

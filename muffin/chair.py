@@ -66,6 +66,7 @@ class Vocabulary:
         return [(word, self.nodes[word]) for word in self.merge(words) if word in self.nodes]
 
     def objects(self, words: Sequence[str]) -> list[str]:
+        """The objects that a caption's words name, in order and with repetitions."""
         return [node for _, node in self.mentions(words)]
 
 

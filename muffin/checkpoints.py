@@ -38,10 +38,12 @@ def complete_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
+    """Folders named checkpoint-N, complete or not, in no order."""
     return [folder for folder in output_dir.glob("checkpoint-*") if folder.name.removeprefix("checkpoint-").isdecimal()]
 
 
 def checkpoint_name(step: int) -> str:
+    """checkpoint-STEP."""
     return f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 

@@ -36,6 +36,7 @@ class Ratio:
 
     @property
     def value(self) -> float:
+        """scale * (sum of numerators) / (sum of denominators); 0 where the latter is 0."""
         return self.scale * float(divide(self.numerators.sum(), self.denominators.sum()))
 
     def per_image(self, images: Sequence[Hashable]) -> "Ratio":

@@ -36,13 +36,16 @@ class ImageCounts:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "ImageCounts":
+        """What `to_json` wrote."""
         return cls(tuple(content["columns"]), tuple(content["images"]), np.array(content["counts"], dtype=float))
 
     def to_json(self) -> dict[str, Any]:
+        """JSON values: columns, images, and counts as one list per image."""
         return {"columns": list(self.columns), "images": list(self.images), "counts": self.counts.tolist()}
 
     @property
     def sums(self) -> np.ndarray:
+        """(C,) counts over all images."""
         return self.counts.sum(axis=0)
 
     def only(self, images: Sequence[str]) -> "ImageCounts":

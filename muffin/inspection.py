@@ -275,6 +275,7 @@ class JudgedClaim:
 
     @property
     def accepted(self) -> bool:
+        """Whether the labeler thinks yes likelier than no."""
         return self.p_yes is not None and self.p_yes > 0.5
 
     @property

@@ -85,9 +85,13 @@ class Judge(Protocol):
 
     name: str
 
-    def ask(self, prompts: Sequence[str]) -> list[Reply]: ...
+    def ask(self, prompts: Sequence[str]) -> list[Reply]:
+        """A reply per prompt, in order; one that failed says why."""
+        ...
 
-    def describe(self) -> dict[str, Any]: ...
+    def describe(self) -> dict[str, Any]:
+        """Who replied, as JSON values that results keep."""
+        ...
 
 
 class RepliesMissing(ValueError):
@@ -222,6 +226,7 @@ class StoredReviews:
         return [self._reply(row) for row in self._rows]
 
     def describe(self) -> dict[str, Any]:
+        """The judge's name and the file; the day is not known."""
         return {"model": self.name, "date": "not stored", "reviews": str(self.path)}
 
     @staticmethod

@@ -30,6 +30,7 @@ _LIST = re.compile(r"\[[^\[\]]*\]", re.DOTALL)
 
 
 def is_short(answer: str) -> bool:
+    """Whether an answer is too short to be asked about (its script skips those of up to three words)."""
     return len(answer.split()) <= SHORT_ANSWER
 
 

@@ -35,6 +35,7 @@ class PromptSpan:
 
     @property
     def end(self) -> int:
+        """Position behind the prompt's last response."""
         return self.start + self.prefix + sum(self.branches)
 
 
@@ -89,9 +90,11 @@ class PackedBatch:
         return self.input_ids.numel()
 
     def to(self, device: torch.device | str) -> "PackedBatch":
+        """With all tensors on `device`."""
         return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "PackedBatch":
+        """With all tensors in page-locked memory; DataLoader calls it."""
         return map_tensors(self, lambda tensor: tensor.pin_memory())
 
 

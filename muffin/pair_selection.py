@@ -36,9 +36,14 @@ class Texts(Protocol):
     """Anything with a chosen and a rejected text."""
 
     @property
-    def chosen(self) -> str: ...
+    def chosen(self) -> str:
+        """The preferred answer."""
+        ...
+
     @property
-    def rejected(self) -> str: ...
+    def rejected(self) -> str:
+        """The other answer."""
+        ...
 
 
 Pair = TypeVar("Pair", bound=Texts)

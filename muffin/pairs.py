@@ -120,10 +120,12 @@ class PreferencePair:
 
     @property
     def ref_win_logp(self) -> float | None:
+        """Reference log-prob of chosen, summed over its tokens, in nats; None when not stored."""
         return self.reference and self.reference.ref_win_logp
 
     @property
     def ref_win_avg_logp(self) -> float | None:
+        """Reference log-prob of chosen per token, in nats; None when not stored."""
         return self.reference and self.reference.ref_win_avg_logp
 
     @property
@@ -133,10 +135,12 @@ class PreferencePair:
 
     @property
     def ref_rej_logp(self) -> float | None:
+        """Reference log-prob of rejected, summed over its tokens, in nats; None when not stored."""
         return self.reference and self.reference.ref_rej_logp
 
     @property
     def ref_rej_avg_logp(self) -> float | None:
+        """Reference log-prob of rejected per token, in nats; None when not stored."""
         return self.reference and self.reference.ref_rej_avg_logp
 
     @property

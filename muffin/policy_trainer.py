@@ -133,6 +133,7 @@ class PolicyArguments(TrainingArguments):
 
     @property
     def shuffle_seed(self) -> int:
+        """What the order of the rows depends on: --data_seed, else --seed."""
         return self.seed if self.data_seed is None else self.data_seed
 
 
@@ -148,7 +149,9 @@ class RowBatch(Protocol):
 
     def __len__(self) -> int: ...
 
-    def to(self, device: torch.device | str) -> "RowBatch": ...
+    def to(self, device: torch.device | str) -> "RowBatch":
+        """With all tensors on `device`."""
+        ...
 
 
 # --- what is trained

@@ -41,6 +41,7 @@ def parse_question(row: Mapping[str, Any], number: int) -> PopeQuestion:
 
 
 def says_yes(answer: str) -> bool:
+    """POPE's rule: an answer is yes unless its first sentence has one of the words no and not."""
     return not NO_WORDS.intersection(_first_sentence(answer).split(" "))
 
 

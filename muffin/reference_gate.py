@@ -105,22 +105,27 @@ class RescoredPair:
 
     @property
     def stored(self) -> tuple[float, float]:
+        """Stored log-probs of chosen and rejected: sums, in nats."""
         return self.pair.reference.ref_win_logp, self.pair.reference.ref_rej_logp
 
     @property
     def stored_tokens(self) -> tuple[list[float] | None, list[float] | None]:
+        """Stored log-probs per token of chosen and rejected; None where a row has RLAIF-V's form."""
         return self.pair.reference.ref_win_per_token_logp, self.pair.reference.ref_rej_per_token_logp
 
     @property
     def recomputed(self) -> tuple[float, float]:
+        """Recomputed log-probs of chosen and rejected: sums, in nats."""
         return float(self.token_logps[0].double().sum()), float(self.token_logps[1].double().sum())
 
     @property
     def difference(self) -> float:
+        """Nats between stored and recomputed values over both answers, token by token where the row has tokens."""
         return sum(map(_difference, self.stored, self.stored_tokens, self.token_logps))
 
     @property
     def tokens(self) -> int:
+        """Tokens of both answers."""
         return len(self.token_logps[0]) + len(self.token_logps[1])
 
 

@@ -101,6 +101,7 @@ def comparison_prompt(question: ComparedAnswer, order: Order) -> str:
 
 
 def hallucination_prompt(review: str) -> str:
+    """What the judge is asked about a review: which of both answers it finds to hallucinate less."""
     return _HALLUCINATION.format(review=review)
 
 

@@ -47,6 +47,7 @@ class AnswerReward:
 
     @property
     def sum(self) -> float:
+        """Over all tokens, in beta * nats."""
         return float(self.per_token.double().sum())
 
     @property
@@ -56,6 +57,7 @@ class AnswerReward:
 
     @property
     def policy_mean_logp(self) -> float:
+        """Log-prob per token under the policy alone, in nats."""
         return float(self.policy_logps.double().mean())
 
 

@@ -126,8 +126,12 @@ def count_tokens(encoded: Sequence[EncodedResponses], adapter: PolicyAdapter) ->
 
 
 class HasEncoded(Protocol):
+    """Anything that holds an encoded prompt with its responses."""
+
     @property
-    def encoded(self) -> EncodedResponses: ...
+    def encoded(self) -> EncodedResponses:
+        """The prompt and its responses."""
+        ...
 
 
 Row = TypeVar("Row", bound=HasEncoded)
@@ -199,15 +203,19 @@ class ScoringRun:
 
     @property
     def folder(self) -> ShardFolder:
+        """The run's shards and where they go."""
         return ShardFolder(self.output_dir, self.shards)
 
     def missing(self) -> list[Shard]:
+        """Shards that nobody has written yet."""
         return self.folder.missing()
 
     def finished_rows(self) -> int:
+        """Input rows of the shards that are there."""
         return self.folder.finished_rows()
 
     def good_rows(self, shard: Shard) -> list[int]:
+        """Positions of a shard's rows that can be scored."""
         return [position for position in range(shard.start, shard.stop) if position not in self.bad_rows]
 
 

@@ -55,9 +55,11 @@ class DemonstrationBatch:
         return len(self.idx)
 
     def to(self, device: torch.device | str) -> "DemonstrationBatch":
+        """With all tensors on `device`."""
         return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "DemonstrationBatch":
+        """With all tensors in page-locked memory; DataLoader calls it."""
         return map_tensors(self, lambda tensor: tensor.pin_memory())
 
 
@@ -81,10 +83,12 @@ class DemonstrationCollator:
 
 
 def count_tokens(packed: PackedBatch) -> int:
+    """Response tokens: what a mean over tokens divides by."""
     return int(packed.lengths.sum())
 
 
 def count_answers(packed: PackedBatch) -> int:
+    """Responses: what a mean over answers divides by."""
     return len(packed.lengths)
 
 

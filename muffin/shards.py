@@ -63,9 +63,11 @@ class ShardFolder:
     shards: Sequence[Shard]
 
     def missing(self) -> list[Shard]:
+        """Shards that are not there yet, in order."""
         return [shard for shard in self.shards if not (self.path / shard.name).exists()]
 
     def finished_rows(self) -> int:
+        """Input rows of the shards that are there."""
         return self.shards[-1].stop - sum(shard.stop - shard.start for shard in self.missing())
 
 
@@ -190,6 +192,7 @@ class WorkStream(Generic[Item, Result]):
             pass
 
     def results(self, items: Iterable[Item]) -> Iterator[Result]:
+        """The results of `items`, in their order."""
         self._items[:] = items
         yield from self._loader
 

@@ -103,11 +103,13 @@ class Ledger:
                 process.terminate()
 
     def finished(self, stage: Stage) -> bool:
+        """Whether this very command ran to its end before."""
         known = self.stages.get(stage.name, {})
         return "seconds" in known and known["command"] == stage.words
 
     @property
     def seconds(self) -> dict[str, float]:
+        """Wall time of every finished stage."""
         return {name: stage["seconds"] for name, stage in self.stages.items() if "seconds" in stage}
 
     def _begin(self, stage: Stage) -> None:

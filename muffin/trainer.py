@@ -95,6 +95,7 @@ class DPOArguments(PolicyArguments):
 
 
 def select_reduction(args: DPOArguments) -> Reduction:
+    """How stored and recomputed log-probs per token become one number per response, by the flags."""
     if args.dpo_token_weighted:
         return partial(token_weighted, weight=args.dpo_token_weight, average=args.dpo_use_average)
     return averaged if args.dpo_use_average else summed

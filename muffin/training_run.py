@@ -19,12 +19,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ModelOptions:
+    """The policy to train and what of it stays as it is."""
+
     model_name_or_path: str = field(metadata={"help": "Policy to start from (in DPO also the reference): folder or hub id."})
     freeze_vision_tower: bool = field(default=True, metadata={"help": "Leave the vision tower as it is; LoRA never touches it."})
 
 
 @dataclass
 class LoraOptions:
+    """Shape of the LoRA adapter (arXiv:2106.09685); used with --lora_enable True."""
+
     lora_r: int = field(default=64, metadata={"help": "Rank of the adapter, usually 8 to 128."})
     lora_alpha: int = field(default=16, metadata={"help": "The adapter's output is scaled by lora_alpha / lora_r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter, 0 to 0.1."})

@@ -21,6 +21,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cached_property
+from inspect import isclass, isfunction, isroutine
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +30,7 @@ from types import ModuleType
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
+from muffin.policies import PolicyAdapter
 from tests.conftest import ROOT
 from tests.policies import test_conformance
 from tests.policies.tiny_families import FAMILIES
@@ -235,6 +238,82 @@ def test_the_checks_have_something_to_check():
     assert (ROOT / "data" / "README.md").is_file()
     assert recipe_paths(ROOT, "eval") and recipe_paths(ROOT, "train")
     assert scripts(ROOT)
+
+
+# --- every public name says what it is
+
+
+CONTRACTS = (PolicyAdapter,)  # protocols that classes follow without inheriting from them
+
+
+def undocumented(module: ModuleType) -> list[str]:
+    """Public classes, functions, methods and properties that `module` defines without a docstring, own or inherited."""
+    findings = [] if module.__doc__ else [f"{module.__name__} has no docstring"]
+    for name, value in vars(module).items():
+        if name.startswith("_") or getattr(value, "__module__", None) != module.__name__ or not (isclass(value) or isfunction(value)):
+            continue
+        if not value.__doc__ or value.__doc__.startswith(f"{name}("):  # what @dataclass writes
+            findings.append(f"{module.__name__}.{name} has no docstring")
+        if isclass(value):
+            methods = [
+                member
+                for member, each in vars(value).items()
+                if not member.startswith("_") and (isroutine(each) or isinstance(each, property | cached_property))
+            ]
+            findings += [f"{module.__name__}.{name}.{member} has no docstring" for member in methods if not inherited_doc(value, member)]
+    return findings
+
+
+def inherited_doc(owner: type, member: str) -> str | None:
+    """The docstring of a method, of the method that it overrides, or of the protocol's."""
+    docs = [getattr(base.__dict__[member], "__doc__", None) for base in (*owner.__mro__, *CONTRACTS) if member in base.__dict__]
+    return next(filter(None, docs), None)
+
+
+@pytest.mark.parametrize("module", [module_name(ROOT, file) for file in python_files(ROOT, "muffin")])
+def test_public_names_are_documented(module):
+    assert undocumented(importlib.import_module(module)) == []
+
+
+class Documented:
+    """What a method inherits."""
+
+    def inherited(self) -> None:
+        """Said once."""
+
+    def missing(self) -> None: ...
+
+
+class Inheriting(Documented):
+    """Overrides one."""
+
+    def inherited(self) -> None: ...
+
+
+@dataclass
+class Undocumented:
+    number: int = 0
+
+    @property
+    def double(self) -> int:
+        return 2 * self.number
+
+    @classmethod
+    def make(cls) -> "Undocumented":
+        return cls()
+
+
+def test_docstring_check_finds_what_it_forbids():
+    module = ModuleType("example", "Examples.")
+    for value in (Documented, Inheriting, Undocumented):
+        setattr(module, value.__name__, value)
+        value.__module__ = "example"
+    assert undocumented(module) == [
+        "example.Documented.missing has no docstring",
+        "example.Undocumented has no docstring",
+        "example.Undocumented.double has no docstring",
+        "example.Undocumented.make has no docstring",
+    ]
 
 
 # --- the library is quiet

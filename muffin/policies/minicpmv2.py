@@ -117,6 +117,7 @@ class VisionEmbeddings(Idefics2VisionEmbeddings):
     """transformers' embeddings with the originals' positions: they round otherwise where a patch lies on the edge of a bucket."""
 
     def forward(self, pixel_values: Tensor, patch_attention_mask: Tensor) -> Tensor:
+        """(N, 3, H, W) pixels -> (N, patches, hidden), with the positions of a square grid stretched over the slice."""
         patches = self.patch_embedding(pixel_values)
         rows, columns = (position_buckets(count, self.num_patches_per_side) for count in patches.shape[-2:])
         positions = (rows[:, None] * self.num_patches_per_side + columns).flatten().to(patches.device)
@@ -190,6 +191,7 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         return self.llm.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:
+        """The language model's head."""
         return self.llm.get_output_embeddings()
 
     def get_image_features(self, pixel_values: Tensor, target_sizes: Tensor, return_dict: bool = True) -> BaseModelOutputWithPooling:

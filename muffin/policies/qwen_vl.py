@@ -87,11 +87,11 @@ def _select_images(encoded: ModelOutput, index: list[int]) -> ModelOutput:
 
 
 class Qwen2_5_VLForConditionalGeneration(_SharedImages, transformers.Qwen2_5_VLForConditionalGeneration):
-    pass
+    """transformers' model whose forward takes an image once for several responses."""
 
 
 class Qwen3VLForConditionalGeneration(_SharedImages, transformers.Qwen3VLForConditionalGeneration):
-    pass
+    """transformers' model whose forward takes an image once for several responses."""
 
 
 class QwenVLPolicy(ChatPolicy):

@@ -17,6 +17,8 @@ LEAST_ROUNDS = 4  # images are drawn for this many rounds at least, so that runs
 
 @dataclass
 class ColdStartOptions:
+    """What the cold-started policy and labeler depend on."""
+
     world: Literal["standard", "small"] | None = field(
         default=None,
         metadata={"help": "Run in the tiny image world (3x3 cells, or small: 2x2) with its own policy and labeler instead of own data."},
@@ -48,14 +50,17 @@ class ColdStart:
 
     @property
     def world(self) -> Path:
+        """Folder of the images and of the newborn policy."""
         return self.folder / "world"
 
     @property
     def policy(self) -> Path:
+        """Folder of the policy that the rounds start from."""
         return self.folder / "policy"
 
     @property
     def labeler(self) -> Path:
+        """Folder of the labeler."""
         return self.folder / "labeler"
 
     def stages(self) -> tuple[Stage, Stage, Stage]:

@@ -86,10 +86,12 @@ def claim_question(color: str, shape: str, place: str) -> str:
 
 
 def existence_question(kind: Kind) -> str:
+    """Whether a kind is in the image: (red, circle) -> "Is there a red circle in the image? ..." """
     return f"Is there a {kind[0]} {kind[1]} in the image? {YES_NO}"
 
 
 def count_question(number: int) -> str:
+    """Whether the image holds that many objects."""
     return f"{'Is' if number == 1 else 'Are'} there {objects(number)} in the image? {YES_NO}"
 
 
@@ -168,6 +170,7 @@ def ask_count(scene: Scene, rng: random.Random) -> QuestionAnswer:
 
 
 def tell_count(scene: Scene) -> QuestionAnswer:
+    """The question how many objects there are, with the true answer."""
     count = len(scene.objects)
     return QuestionAnswer("how_many", "How many objects are in the image?", f"There {'is' if count == 1 else 'are'} {objects(count)}.")
 

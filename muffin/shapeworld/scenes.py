@@ -61,6 +61,7 @@ class World:
 
     @property
     def kinds(self) -> list[Kind]:
+        """Every colour with every shape."""
         return [(color, shape) for color in self.colors for shape in self.shapes]
 
     @property
@@ -80,6 +81,7 @@ class Thing:
 
     @property
     def kind(self) -> Kind:
+        """Colour and shape."""
         return self.color, self.shape
 
 
@@ -94,21 +96,26 @@ class Scene:
 
     @property
     def kinds(self) -> list[Kind]:
+        """Kinds of the objects in it, with repetitions."""
         return [thing.kind for thing in self.objects]
 
     @property
     def empty_places(self) -> list[str]:
+        """Places without an object."""
         taken = {thing.place for thing in self.objects}
         return [place for place in WORLDS[self.world].places if place not in taken]
 
     def holds(self, color: str, shape: str, place: str) -> bool:
+        """Whether such an object stands at that place."""
         return any((thing.color, thing.shape, thing.place) == (color, shape, place) for thing in self.objects)
 
     def to_json(self) -> str:
+        """The scene as JSON text."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "Scene":
+        """What `to_json` wrote."""
         fields = json.loads(text)
         return cls(**{**fields, "objects": tuple(Thing(**thing) for thing in fields["objects"])})
 
