@@ -23,6 +23,7 @@ from filelock import FileLock
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from muffin.attention import set_kernel
 from muffin.pairs import PreferenceDataset, load_preferences, parse_column_map, resolve_columns
 from muffin.policies import PolicyAdapter, PolicyOptions, load_adapter, load_policy, refuse_quantized_lora, resolve_checkpoint
 from muffin.preflight import preflight
@@ -60,6 +61,9 @@ class ScoringOptions:
     bits: int | None = field(
         default=None, metadata={"help": "4 for a policy to be trained with --bits 4 (QLoRA): other log-probs are foreign to it."}
     )
+    attn_implementation: Literal["auto", "flash_attention_2", "sdpa"] = field(
+        default="auto", metadata={"help": "Kernel of attention, as in training: auto takes flash-attn or torch's own where they can run."}
+    )
     batch_tokens: int = field(
         default=8192, metadata={"help": "Tokens of one forward, usually 2048 to 32768; a single longer row still runs."}
     )
@@ -93,7 +97,13 @@ def main(argv: list[str] | None = None) -> ScoringSummary:
     checkpoint = resolve_checkpoint(options.model_name_or_path)
     refuse_quantized_lora(checkpoint, options.bits)
     adapter = load_adapter(checkpoint, policy_options)
-    numerics = resolve_numerics(dtype=options.dtype, bits=options.bits, lora_enable=options.lora_enable, device_type=device.type)
+    numerics = resolve_numerics(
+        dtype=options.dtype,
+        bits=options.bits,
+        lora_enable=options.lora_enable,
+        device_type=device.type,
+        attn_implementation=options.attn_implementation,
+    )
     dataset = load_preferences(
         options.data_path,
         column_map=parse_column_map(options.column_map),
@@ -117,6 +127,7 @@ def main(argv: list[str] | None = None) -> ScoringSummary:
     scored, seconds = 0, 0.0
     if run.missing():
         model = load_policy(checkpoint, adapter, dtype=numerics.load_dtype, bits=numerics.bits).requires_grad_(False).to(device).eval()
+        set_kernel(model, numerics.attention)
         stream = RowStream(rows, adapter, manifest["reference_id"], options.num_workers)
         start = time.perf_counter()
         with tqdm(total=len(rows), initial=run.finished_rows(), desc="scoring", unit="row", disable=not first) as progress:
@@ -151,6 +162,7 @@ def training_command(options: ScoringOptions, policy_options: PolicyOptions, dty
     words += ["--output_dir", "RUN", "--dtype", dtype, "--lora_enable", str(lora_enable)]
     words += [] if options.bits is None else ["--bits", str(options.bits)]
     words += ["--learning_rate", "1e-5" if lora_enable else "5e-7"]
+    words += [] if options.attn_implementation == "auto" else ["--attn_implementation", options.attn_implementation]
     words += policy_options.flags()
     if options.column_map:
         words += ["--column_map", options.column_map]

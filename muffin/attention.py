@@ -14,8 +14,10 @@ The function is not registered with transformers' AttentionMaskInterface, so no 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from importlib.util import find_spec
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +29,13 @@ from muffin.packing import PackedLayout
 
 # transformers treats names that contain "sdpa", "flash" or "flex" specially; this one must not.
 PACKED_ATTENTION = "muffin_packed"
+PLAIN_PACKED_ATTENTION = "muffin_packed_plain"  # on SDPA whatever is installed
 
 # Keys of the longest sequence up to which SDPA takes the whole row as one padded batch: below it, calls cost more than padding.
 SHORT_SEQUENCE = 96
 
 VarlenKernel = Callable[..., Tensor]
+Implementation = Literal["auto", "flash_attention_2", "sdpa"]  # of --attn_implementation
 
 
 class _Calls:
@@ -44,10 +48,22 @@ class _Calls:
 _calls: ContextVar[_Calls | None] = ContextVar("packed_attention_calls", default=None)
 
 
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The model inside any wrapper (DDP, FSDP, DeepSpeed, peft)."""
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
 def decoder_config(model: nn.Module) -> PreTrainedConfig:
-    """Config of the text decoder inside any wrapper (DDP, FSDP, DeepSpeed, peft)."""
-    inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    return inner.config.get_text_config()
+    """Config of the text decoder inside any wrapper."""
+    return unwrapped(model).config.get_text_config()
+
+
+def set_kernel(model: nn.Module, kernel: str) -> None:
+    """Make packed attention of `model` run on `kernel`, a `Numerics.attention`: SDPA even where a varlen kernel could run.
+
+    Any other value is what `varlen_kernel` takes by itself. Kept on the model, where wrappers and recomputation find it.
+    """
+    unwrapped(model).packed_attention_name = PLAIN_PACKED_ATTENTION if kernel == "sdpa" else PACKED_ATTENTION
 
 
 def check_prefix_sharing(config: PreTrainedConfig) -> None:
@@ -74,14 +90,15 @@ def packed_attention(model: nn.Module) -> Iterator[_Calls]:
     """
     outer = _calls.get()
     config = decoder_config(model)
-    if outer is not None and config._attn_implementation == PACKED_ATTENTION:
+    if outer is not None and inside_packed_attention(model):
         yield outer
         return
     check_prefix_sharing(config)
     stock = config._attn_implementation
     calls = _Calls()
     token = _calls.set(calls)
-    config._attn_implementation_internal = PACKED_ATTENTION  # the public setter walks every module and re-checks; this runs per batch
+    name = vars(unwrapped(model)).get("packed_attention_name", PACKED_ATTENTION)
+    config._attn_implementation_internal = name  # the public setter walks every module and re-checks; this runs per batch
     try:
         yield calls
     finally:
@@ -91,7 +108,7 @@ def packed_attention(model: nn.Module) -> Iterator[_Calls]:
 
 def inside_packed_attention(model: nn.Module) -> bool:
     """Whether the decoder of `model` runs packed attention now; another model's context does not count."""
-    return decoder_config(model)._attn_implementation == PACKED_ATTENTION
+    return decoder_config(model)._attn_implementation in (PACKED_ATTENTION, PLAIN_PACKED_ATTENTION)
 
 
 def shared_prefix_attention(
@@ -103,11 +120,12 @@ def shared_prefix_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     packed_layout: PackedLayout | None = None,
+    plain: bool = False,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """transformers' attention function for packed rows.
 
-    query (1, Hq, T, D), key and value (1, Hkv, T, D), after RoPE; returns (1, T, Hq, D) and None for the weights.
+    query (1, Hq, T, D), key and value (1, Hkv, T, D), after RoPE; returns (1, T, Hq, D) and None for the weights. plain: on SDPA.
     """
     if packed_layout is None:
         raise ValueError(
@@ -121,7 +139,7 @@ def shared_prefix_attention(
     if calls is not None:
         calls.count += 1
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast RoPE promotes q and k to float32 while v stays bfloat16
-    kernel = varlen_kernel(query.device.type, query.dtype)
+    kernel = None if plain else varlen_kernel(query.device.type, query.dtype)
     if kernel is not None:
         return _attend_varlen(kernel, query, key, value, scaling, packed_layout), None
     attend = _attend_padded if packed_layout.max_seqlen_k <= SHORT_SEQUENCE else _attend_per_span
@@ -134,6 +152,7 @@ def shared_prefix_attention(
 
 
 AttentionInterface.register(PACKED_ATTENTION, shared_prefix_attention)
+AttentionInterface.register(PLAIN_PACKED_ATTENTION, partial(shared_prefix_attention, plain=True))
 
 
 def _attend_per_span(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: PackedLayout) -> Tensor:
@@ -204,21 +223,64 @@ def _attend_varlen(kernel: VarlenKernel, query: Tensor, key: Tensor, value: Tens
     return output[None]
 
 
-def attention_family(device_type: str, dtype: torch.dtype) -> str:
-    """Which kernel packed attention runs on: "flash_attention_2", "torch_varlen" or "sdpa". Part of the reference's numerics."""
-    if device_type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
-        return "sdpa"
-    if find_spec("flash_attn") is not None:
-        return "flash_attention_2"
-    if find_spec("torch.nn.attention.varlen") is not None:
-        return "torch_varlen"
-    return "sdpa"
+@dataclass(frozen=True)
+class KernelChoice:
+    """kernel: flash_attention_2, torch_varlen or sdpa, part of the reference's numerics. reason: why, for the log."""
+
+    kernel: str
+    reason: str
+
+
+def resolve_kernel(
+    requested: Implementation,
+    *,
+    device_type: str,
+    capability: tuple[int, int] | None,
+    dtype: torch.dtype,
+    flash_attn: bool,
+    torch_varlen: bool,
+) -> KernelChoice:
+    """What packed attention runs on.
+
+    capability: of the GPU, (8, 0) for an A100; None where unknown. flash_attn, torch_varlen: whether flash-attn is installed, and whether
+    torch has its varlen kernel. Raises ValueError when flash_attention_2 is asked for and cannot run.
+    """
+    if requested == "sdpa":
+        return KernelChoice("sdpa", "as asked for")
+    if device_type != "cuda":
+        missing = "there is no CUDA GPU"
+    elif dtype not in (torch.float16, torch.bfloat16):
+        missing = f"it computes in half precision, and this run in {str(dtype).removeprefix('torch.')} (--dtype bfloat16)"
+    elif capability is not None and capability < (8, 0):
+        missing = f"it needs a GPU of compute capability 8.0 (A100 and later), and this one has {capability[0]}.{capability[1]}"
+    elif flash_attn:
+        return KernelChoice("flash_attention_2", "flash-attn is installed, on a GPU in half precision")
+    elif torch_varlen and requested == "auto":
+        return KernelChoice("torch_varlen", "torch's own varlen kernel, since flash-attn is not installed")
+    else:
+        missing = 'flash-attn is not installed: pip install --no-build-isolation -e ".[cuda]"'
+    if requested == "flash_attention_2":
+        raise ValueError(f"--attn_implementation flash_attention_2 cannot run: {missing}; mend that, or take auto or sdpa")
+    return KernelChoice("sdpa", f"flash attention cannot run: {missing}")
+
+
+def choose_kernel(device_type: str, dtype: torch.dtype, requested: Implementation = "auto") -> KernelChoice:
+    """`resolve_kernel` for this machine."""
+    capability = torch.cuda.get_device_capability() if device_type == "cuda" and torch.cuda.is_available() else None
+    return resolve_kernel(
+        requested,
+        device_type=device_type,
+        capability=capability,
+        dtype=dtype,
+        flash_attn=find_spec("flash_attn") is not None,
+        torch_varlen=find_spec("torch.nn.attention.varlen") is not None,
+    )
 
 
 @cache
 def varlen_kernel(device_type: str, dtype: torch.dtype) -> VarlenKernel | None:
     """The varlen kernel for tensors of this device and dtype, with flash-attn's keyword names; None means SDPA."""
-    match attention_family(device_type, dtype):
+    match choose_kernel(device_type, dtype).kernel:
         case "flash_attention_2":
             from flash_attn import flash_attn_varlen_func
 

@@ -12,7 +12,7 @@ import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from muffin.attention import packed_attention
+from muffin.attention import Implementation, choose_kernel, packed_attention, set_kernel
 from muffin.batches import ShuffledRows
 from muffin.checkpoints import Preempted, StopSignals, checkpoint_name, checkpoints, partial_run, publish, remove, remove_leftovers, writing
 from muffin.packing import PackedBatch
@@ -68,6 +68,9 @@ class PolicyArguments(TrainingArguments):
     bits: int | None = field(
         default=None,
         metadata={"help": "4: QLoRA, the language model's weights in nf4 and the forward in bfloat16; needs --lora_enable True."},
+    )
+    attn_implementation: Implementation = field(
+        default="auto", metadata={"help": "Kernel of attention: auto takes flash-attn or torch's own where they can run, else sdpa."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of metrics, usually 1 to 50."})
     logging_first_step: bool = field(default=True, metadata={"help": "Also log the first step, whose DPO loss is ln 2."})
@@ -129,7 +132,13 @@ class PolicyArguments(TrainingArguments):
     @cached_property
     def numerics(self) -> Numerics:
         """What scoring with the same flags computes in; part of the reference id."""
-        return resolve_numerics(dtype=self.dtype, bits=self.bits, lora_enable=self.lora_enable, device_type="cpu" if self.use_cpu else None)
+        return resolve_numerics(
+            dtype=self.dtype,
+            bits=self.bits,
+            lora_enable=self.lora_enable,
+            device_type="cpu" if self.use_cpu else None,
+            attn_implementation=self.attn_implementation,
+        )
 
     @property
     def shuffle_seed(self) -> int:
@@ -219,6 +228,9 @@ class PolicyTrainer(transformers.Trainer, ABC):
             raise ValueError(f"trainable weights must be float32 (AdamW at 5e-7 leaves 99 % of bfloat16 weights where they are): {found}")
         if args.ddp_find_unused_parameters is None:  # a trained CLIP tower has layers behind the one whose features are used
             args.ddp_find_unused_parameters = any(name.startswith(adapter.spec.frozen_modules) for name in trainable)
+        computed = torch.float32 if args.numerics.autocast_dtype is None else torch.bfloat16
+        logger.info("attention runs on %s: %s", *astuple(choose_kernel(args.device.type, computed, args.attn_implementation)))
+        set_kernel(model, args.numerics.attention)
         self.adapter = adapter
         self.stop_signals = StopSignals()
         self._checkpoint_run: Path | None = None  # stands in for output_dir while a checkpoint is written

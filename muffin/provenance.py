@@ -26,7 +26,7 @@ from filelock import FileLock
 from PIL import Image
 from tqdm import tqdm
 
-from muffin.attention import attention_family
+from muffin.attention import Implementation, choose_kernel
 from muffin.pairs import PreferenceDataset, RowError
 from muffin.policies import Checkpoint, PolicyOptions
 from muffin.policies.base import PolicyAdapter
@@ -57,7 +57,7 @@ class Numerics:
     weights_dtype: "float32", "bfloat16" or "nf4", as held in memory (LoRA adapters are always float32).
     autocast_dtype: "bfloat16", or None for no autocast.
     bits: 4 for quantised weights, else None.
-    attention: kernel family of `muffin.attention.attention_family`.
+    attention: the kernel, see `muffin.attention.resolve_kernel`.
     """
 
     weights_dtype: str
@@ -77,7 +77,12 @@ class Numerics:
 
 
 def resolve_numerics(
-    *, dtype: Literal["auto", "bfloat16", "float32"], bits: int | None, lora_enable: bool, device_type: str | None = None
+    *,
+    dtype: Literal["auto", "bfloat16", "float32"],
+    bits: int | None,
+    lora_enable: bool,
+    device_type: str | None = None,
+    attn_implementation: Implementation = "auto",
 ) -> Numerics:
     """The numerics a policy is trained in, and therefore its reference is scored in: both sides call this one function.
 
@@ -88,7 +93,8 @@ def resolve_numerics(
         any       bits 4          nf4        bfloat16
 
     "auto" is bfloat16 where the hardware computes in it (CUDA with bf16, CPU with AVX512-BF16), else float32.
-    device_type: "cuda" or "cpu"; None takes CUDA where there is one. Raises ValueError for unknown dtype or bits.
+    device_type: "cuda" or "cpu"; None takes CUDA where there is one. Raises ValueError for unknown dtype or bits, and for an
+    attn_implementation that cannot run.
     """
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype not in ("auto", "bfloat16", "float32"):
@@ -102,8 +108,9 @@ def resolve_numerics(
         weights, autocast = "bfloat16" if lora_enable else "float32", "bfloat16"
     else:
         weights, autocast = "float32", None
-    attention = attention_family(device_type, torch.float32 if autocast is None else torch.bfloat16)
-    return Numerics(weights, autocast, bits, attention)
+    choice = choose_kernel(device_type, torch.float32 if autocast is None else torch.bfloat16, attn_implementation)
+    logger.info("attention runs on %s: %s", choice.kernel, choice.reason)
+    return Numerics(weights, autocast, bits, choice.kernel)
 
 
 def _computes_bfloat16(device_type: str) -> bool:
@@ -290,7 +297,8 @@ def explain_difference(stored: dict[str, Any], current: dict[str, Any]) -> list[
         mend = f"the versions of the packages (changed: {versions}), or score again"
         lines.append(_difference("probe (ids and pixels of a fixed row)", stored["probe"], current["probe"], mend))
     for name, then, now in differing(stored["numerics"], current["numerics"]):
-        lines.append(_difference(name, then, now, _numerics_flags(stored["numerics"])))
+        mend = _attention_flag(then) if name == "attention" else _numerics_flags(stored["numerics"])
+        lines.append(_difference(name, then, now, mend))
     return lines
 
 
@@ -317,7 +325,12 @@ def _numerics_flags(stored: dict[str, Any]) -> str:
     if stored["bits"] is not None:
         return f"--bits {stored['bits']}"
     if stored["autocast_dtype"] is None:
-        flags = "--dtype float32"
-    else:
-        flags = f"--dtype bfloat16 --lora_enable {stored['weights_dtype'] == 'bfloat16'}"
-    return flags if stored["attention"] == "sdpa" else f"{flags} where attention runs on {stored['attention']}"
+        return "--dtype float32"
+    return f"--dtype bfloat16 --lora_enable {stored['weights_dtype'] == 'bfloat16'}"
+
+
+def _attention_flag(stored: str) -> str:
+    """The flag that leads `resolve_numerics` to the stored kernel, where that can run."""
+    if stored == "torch_varlen":
+        return "--attn_implementation auto where flash-attn is not installed, or score again"
+    return f"--attn_implementation {stored}"

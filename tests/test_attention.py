@@ -6,7 +6,16 @@ from torch import Tensor
 from transformers import LlamaConfig, Qwen2Config
 
 from muffin import attention
-from muffin.attention import attention_family, check_prefix_sharing, decoder_config, packed_attention, shared_prefix_attention
+from muffin.attention import (
+    check_prefix_sharing,
+    choose_kernel,
+    decoder_config,
+    packed_attention,
+    resolve_kernel,
+    set_kernel,
+    shared_prefix_attention,
+)
+from muffin.logps import response_logps
 from muffin.packing import PackedLayout, pack
 from tests.tiny_decoders import SHARING, decoder, prompt
 
@@ -98,16 +107,73 @@ def test_equals_the_written_out_mask(name: str, kv_heads: int, kernel: str):
         torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-13)
 
 
-def test_kernel_is_chosen_by_device_and_dtype(monkeypatch: pytest.MonkeyPatch):
+A100, T4 = (8, 0), (7, 5)
+HERE = {"device_type": "cuda", "capability": A100, "dtype": torch.bfloat16, "flash_attn": True, "torch_varlen": True}
+
+
+@pytest.mark.parametrize(
+    ("requested", "machine", "kernel", "reason"),
+    [
+        ("auto", {}, "flash_attention_2", "flash-attn is installed"),
+        ("flash_attention_2", {"torch_varlen": False}, "flash_attention_2", "flash-attn is installed"),
+        ("flash_attention_2", {"capability": None}, "flash_attention_2", "flash-attn is installed"),
+        ("sdpa", {}, "sdpa", "as asked for"),
+        ("auto", {"flash_attn": False}, "torch_varlen", "flash-attn is not installed"),
+        ("auto", {"flash_attn": False, "torch_varlen": False}, "sdpa", "flash-attn is not installed"),
+        ("auto", {"dtype": torch.float32}, "sdpa", "this run in float32"),
+        ("auto", {"capability": T4}, "sdpa", "this one has 7.5"),
+        ("auto", {"device_type": "cpu"}, "sdpa", "no CUDA GPU"),
+    ],
+)
+def test_kernel_by_machine_and_flag(requested, machine, kernel, reason):
+    choice = resolve_kernel(requested, **HERE | machine)
+    assert choice.kernel == kernel and reason in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("machine", "missing"),
+    [
+        ({"flash_attn": False}, r"flash-attn is not installed: pip install .*; mend that, or take auto or sdpa"),
+        ({"dtype": torch.float32}, r"this run in float32 \(--dtype bfloat16\)"),
+        ({"capability": T4}, "capability 8.0"),
+        ({"device_type": "cpu"}, "there is no CUDA GPU"),
+    ],
+)
+def test_flash_attention_that_cannot_run_is_refused(machine, missing):
+    with pytest.raises(ValueError, match=f"--attn_implementation flash_attention_2 cannot run: .*{missing}"):
+        resolve_kernel("flash_attention_2", **HERE | machine)
+
+
+def test_kernel_follows_what_is_installed(monkeypatch: pytest.MonkeyPatch):
     installed = {"flash_attn", "torch.nn.attention.varlen"}
     monkeypatch.setattr(attention, "find_spec", lambda name: name if name in installed else None)
-    assert attention_family("cuda", torch.bfloat16) == "flash_attention_2"
-    assert attention_family("cuda", torch.float32) == "sdpa"  # the flash kernels take half precision only
-    assert attention_family("cpu", torch.bfloat16) == "sdpa"
+    assert choose_kernel("cuda", torch.bfloat16).kernel == "flash_attention_2"
+    assert choose_kernel("cuda", torch.float32).kernel == "sdpa"
     installed.remove("flash_attn")
-    assert attention_family("cuda", torch.float16) == "torch_varlen"
+    assert choose_kernel("cuda", torch.float16).kernel == "torch_varlen"
     installed.clear()
-    assert attention_family("cuda", torch.float16) == "sdpa"
+    assert choose_kernel("cuda", torch.float16).kernel == "sdpa"
+
+
+def test_sdpa_runs_where_a_varlen_kernel_could(monkeypatch: pytest.MonkeyPatch):
+    """`set_kernel(model, "sdpa")` holds inside wrappers; the other model of the process keeps its varlen kernel."""
+    ran = []
+
+    def kernel(*arguments, **named):
+        ran.append("varlen")
+        return flash_attn_varlen_func(*arguments, **named)
+
+    monkeypatch.setattr(attention, "varlen_kernel", lambda device_type, dtype: kernel)
+    batch = pack([prompt([[11, 12, 2], [11, 21, 22, 2]])], SHARING)
+    model, other = decoder("llama", kv_heads=2), decoder("llama", kv_heads=2)
+    wrapped = torch.nn.Sequential(model)
+    set_kernel(wrapped, "sdpa")
+    set_kernel(other, "flash_attention_2")
+    plain = response_logps(model, batch).sums
+    assert ran == []
+    varlen = response_logps(other, batch).sums
+    assert len(ran) == len(other.model.language_model.layers)
+    torch.testing.assert_close(plain, varlen, rtol=1e-9, atol=1e-9)
 
 
 def test_context_restores_nests_and_survives_errors():

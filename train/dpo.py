@@ -124,6 +124,7 @@ def scoring_command(
     words = ["python", "eval/muffin_inference_logp.py", "--model_name_or_path", model_options.model_name_or_path, "--data_path", path]
     words += ["--output_dir", "SCORED", "--dtype", args.dtype, "--lora_enable", str(args.lora_enable)]
     words += [] if args.bits is None else ["--bits", str(args.bits)]
+    words += [] if args.attn_implementation == "auto" else ["--attn_implementation", args.attn_implementation]
     words += policy_options.flags()
     for name, value in (("column_map", data_options.column_map), ("image_root", data_options.image_root)):
         words += [f"--{name}", value] if value else []
