@@ -7,7 +7,7 @@ A response's log-prob is a weighted sum over its tokens, the policy's and the re
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from muffin.losses import changed_segment_weights
 from muffin.packing import PackedBatch, map_tensors, pack
-from muffin.pairs import PreferenceDataset, PreferencePair
+from muffin.pairs import PreferenceDataset, PreferencePair, ReferenceLogps
 from muffin.policies import PolicyAdapter, encode_pair
 from muffin.provenance import hash_fields
 from muffin.reference_gate import check_token_counts
@@ -59,13 +59,20 @@ def token_weighted(pair: PreferencePair, chosen_ids: Tensor, rejected_ids: Tenso
     )
 
 
+def without_stored(pair: PreferencePair, chosen_ids: Tensor, rejected_ids: Tensor) -> PreferencePair:
+    """The pair with NaN for every reference log-prob: what is computed in the step instead must replace each of them."""
+    nan = math.nan
+    unknown = ReferenceLogps(nan, nan, [nan] * len(chosen_ids), nan, nan, [nan] * len(rejected_ids))
+    return replace(pair, reference=unknown, logps_key=None)
+
+
 @dataclass(frozen=True)
 class PairBatch:
     """P pairs ready for the model. No mapping: Trainer must find no key to act on.
 
     packed: 2P responses, chosen before rejected, pair after pair.
     token_weights: (sum of lengths,), see ReducedPair.
-    reference_chosen_logps, reference_rejected_logps: (P,) stored values, reduced as the policy's are.
+    reference_chosen_logps, reference_rejected_logps: (P,) stored values, reduced as the policy's are; NaN if computed in the step.
     idx: the rows' own names, for messages.
     """
 
@@ -93,19 +100,25 @@ class PairBatch:
 
 
 class PairCollator:
-    """list[PreferencePair] -> PairBatch. Runs in DataLoader workers: images are decoded and resized there, once per pair."""
+    """list[PreferencePair] -> PairBatch. Runs in DataLoader workers: images are decoded and resized there, once per pair.
 
-    def __init__(self, adapter: PolicyAdapter, reduction: Reduction, *, accept_foreign_logps: bool) -> None:
+    stored_reference: False leaves the reference log-probs to the step, whatever the rows store.
+    """
+
+    def __init__(self, adapter: PolicyAdapter, reduction: Reduction, *, accept_foreign_logps: bool, stored_reference: bool = True) -> None:
         self.adapter = adapter
         self.reduction = reduction
         self.accept_foreign_logps = accept_foreign_logps
+        self.stored_reference = stored_reference
 
     def __call__(self, pairs: Sequence[PreferencePair]) -> PairBatch:
         encoded, reduced = [], []
         for pair in pairs:
             try:
                 item = encode_pair(self.adapter, pair)
-                if not self.accept_foreign_logps:
+                if not self.stored_reference:
+                    pair = without_stored(pair, *item.response_ids)
+                elif not self.accept_foreign_logps:
                     check_token_counts(pair, item)
             except ValueError as error:
                 raise ValueError(f"idx {pair.idx}: {error}") from error

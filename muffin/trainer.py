@@ -1,4 +1,4 @@
-"""DPO on stored reference log-probs.
+"""DPO on stored reference log-probs, or with LoRA on those of the policy without its adapter.
 
 PreferencePair --PairCollator (workers)--> PairBatch --response_logps--> per-token log-probs --reduction--> one number per response
     --loss--> losses (P,), rewards (P,) --preference_metrics--> logged means
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -60,6 +61,13 @@ class DPOArguments(PolicyArguments):
     group_by_prompt: bool = field(
         default=False, metadata={"help": "Put pairs of one image and question into one batch, where they share their prompt's computation."}
     )
+    reference: Literal["stored", "adapter_disabled"] = field(
+        default="stored",
+        metadata={
+            "help": "Where reference log-probs come from: the rows, or with LoRA one more forward per step, without the adapter; the "
+            "rows then need none."
+        },
+    )
     reference_check_rows: int = field(default=8, metadata={"help": "Rows whose stored log-probs are recomputed before the first step."})
     accept_foreign_logps: bool = field(
         default=False, metadata={"help": "Train on stored log-probs that this policy did not make, such as those RLAIF-V publishes."}
@@ -90,6 +98,13 @@ class DPOArguments(PolicyArguments):
             )
         if self.dpo_token_weight <= 0:
             raise ValueError(f"--dpo_token_weight is {self.dpo_token_weight}, want a positive number such as 3")
+        if self.reference == "adapter_disabled" and not self.lora_enable:
+            raise ValueError(
+                "--reference adapter_disabled needs --lora_enable True: without an adapter to switch off, the reference is gone after one "
+                "step; store its log-probs with eval/muffin_inference_logp.py"
+            )
+        if self.reference == "adapter_disabled" and self.accept_foreign_logps:
+            raise ValueError("--accept_foreign_logps True means nothing with --reference adapter_disabled, which reads no stored log-probs")
         if self.reference_check_rows < 1:
             raise ValueError(f"--reference_check_rows is {self.reference_check_rows}, want at least 1 (8 takes seconds)")
 
@@ -147,12 +162,18 @@ class DPOTrainer(PolicyTrainer):
             model,
             args,
             adapter,
-            data_collator=PairCollator(adapter, select_reduction(args), accept_foreign_logps=args.accept_foreign_logps),
+            data_collator=PairCollator(
+                adapter,
+                select_reduction(args),
+                accept_foreign_logps=args.accept_foreign_logps,
+                stored_reference=args.reference == "stored",
+            ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             callbacks=callbacks,
         )
-        self.add_callback(_ReferenceGate(self))
+        if args.reference == "stored":
+            self.add_callback(_ReferenceGate(self))
         if args.log_pairs_steps:
             shown = train_dataset if eval_dataset is None else eval_dataset
             pairs = [shown[position] for position in spread_positions(len(shown), LOGGED_PAIRS)]
@@ -164,14 +185,15 @@ class DPOTrainer(PolicyTrainer):
         return super()._shuffled(dataset)
 
     def _row_losses(self, model: nn.Module, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        reference_chosen, reference_rejected = self._reference_logps(model, batch)
         with self.args.numerics.autocast(self.args.device.type):
             logps = response_logps(model, batch.packed)
         chosen, rejected = logps.weighted_sums(batch.token_weights).view(-1, 2).unbind(dim=1)
         losses, chosen_rewards, rejected_rewards = self.pair_loss(
             policy_chosen_logps=chosen,
             policy_rejected_logps=rejected,
-            reference_chosen_logps=batch.reference_chosen_logps,
-            reference_rejected_logps=batch.reference_rejected_logps,
+            reference_chosen_logps=reference_chosen,
+            reference_rejected_logps=reference_rejected,
         )
         losses = losses + self.args.sft_weight * sft_loss(chosen)
         chosen_sums, rejected_sums = logps.sums.detach().view(-1, 2).unbind(dim=1)
@@ -181,6 +203,16 @@ class DPOTrainer(PolicyTrainer):
             policy_chosen_logps=chosen_sums,
             policy_rejected_logps=rejected_sums,
         )
+
+    def _reference_logps(self, model: nn.Module, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """(P,) of chosen and of rejected, as stored, or by the same model without its adapter."""
+        if self.args.reference == "stored":
+            return batch.reference_chosen_logps, batch.reference_rejected_logps
+        adapted = next(module for module in model.modules() if isinstance(module, PeftModel))
+        with torch.no_grad(), adapted.disable_adapter(), self.args.numerics.autocast(self.args.device.type):
+            logps = response_logps(model, batch.packed)
+        chosen, rejected = logps.weighted_sums(batch.token_weights).view(-1, 2).unbind(dim=1)
+        return chosen, rejected
 
     @torch.no_grad()
     def rewards(self, pairs: Sequence[PreferencePair]) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,8 @@
 
 Several GPUs: the same command behind `torchrun --nproc_per_node 8`. The data comes from eval/muffin_inference_logp.py run with the same
 --model_name_or_path, --dtype, --lora_enable, --bits, --prompt_name, --image_aspect_ratio and --model_max_length; log-probs of any other
-policy are refused. Killed: add --resume_from_checkpoint last.
+policy are refused. LoRA can do without stored ones (--reference adapter_disabled), for one more forward per step. Killed: add
+--resume_from_checkpoint last.
 
 Output: the model (LoRA: the adapter) with tokenizer and image processor, checkpoint-*/, options.json (every resolved option),
 trainer_state.json (all logged metrics), muffin_reference.json (the reference policy); with --merge_lora True also merged/.
@@ -94,10 +95,27 @@ def load_rows(
     reference: dict[str, Any],
     command: str,
 ) -> PreferenceDataset:
-    """Rows that are usable and store this policy's log-probs. Raises ValueError when some are not or do not."""
+    """Rows that are usable and store this policy's log-probs, where it reads them. Raises ValueError when some are not or do not."""
     dataset = load_preferences(path, column_map=parse_column_map(options.column_map), max_rows=max_rows, image_root=options.image_root)
+    if args.reference == "adapter_disabled":
+        dataset, proven = dataset.without_reference(), []
+    else:
+        proven = rows_of_this_policy(dataset, path, args, reference, command)
+    with args.main_process_first(local=False):  # one process checks, the others find its report
+        return preflight(
+            dataset,
+            adapter,
+            bad_rows=options.bad_rows,
+            report_path=Path(args.output_dir) / f"bad_rows_{name}.json",
+            num_workers=args.dataloader_num_workers,
+            skip_positions=proven,
+        )
+
+
+def rows_of_this_policy(dataset: PreferenceDataset, path: str, args: DPOArguments, reference: dict[str, Any], command: str) -> list[int]:
+    """Positions of the rows whose key proves their log-probs. Raises ValueError when some have none, unless those are accepted."""
     if not dataset.has_reference:
-        raise ValueError(f"{path} stores no reference log-probs; score it first: {command}")
+        raise ValueError(f"{path} stores no reference log-probs; score it first: {command}\nor, with LoRA: --reference adapter_disabled")
     foreign = [foreign_rows(dataset, reference_id(reference)) if args.process_index == 0 else []]
     broadcast_object_list(foreign)
     if args.accept_foreign_logps and foreign[0]:
@@ -106,15 +124,7 @@ def load_rows(
         )
     else:
         refuse_foreign_rows(dataset, foreign[0], stored=read_reference(path), current=reference, scoring_command=command)
-    with args.main_process_first(local=False):  # one process checks, the others find its report
-        return preflight(
-            dataset,
-            adapter,
-            bad_rows=options.bad_rows,
-            report_path=Path(args.output_dir) / f"bad_rows_{name}.json",
-            num_workers=args.dataloader_num_workers,
-            skip_positions=sorted(set(range(len(dataset))) - set(foreign[0])),
-        )
+    return sorted(set(range(len(dataset))) - set(foreign[0]))
 
 
 def scoring_command(

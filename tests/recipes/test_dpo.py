@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerState
 
 from muffin.pairs import load_preferences
@@ -57,6 +58,36 @@ def mean_chosen_logp(checkpoint: Path, data: Path) -> float:
     dataset = load_preferences(data)
     with torch.no_grad():
         return sum(float(plain_token_logps(policy, adapter, dataset[position])[0].sum()) for position in range(ROWS)) / ROWS
+
+
+@pytest.mark.parametrize(
+    "objective", [[], ["--dpo_use_average", "True"], ["--dpo_token_weighted", "True"]], ids=["sums", "averages", "token weights"]
+)
+def test_the_reference_without_its_adapter_equals_the_stored_one(objective, train, tiny_llava_path, tmp_path):
+    """Rows that store nothing, and the same rows scored: equal losses, metrics and weights."""
+    fixed = [*LORA, "--lora_dropout", "0", "--max_steps", "6", *objective]
+    stored = train(tmp_path / "stored", *fixed)
+    bare = write_parquet(tmp_path / "rows.parquet", ROWS)
+    flags = ["--data_path", str(bare), "--reference", "adapter_disabled", "--eval_data_path", str(bare)]
+    state = train(tmp_path / "without", *fixed, *flags)
+    names = ("loss", "rewards/chosen", "rewards/rejected", "logps/chosen")
+    for ours, theirs in zip(state.log_history, stored.log_history, strict=False):
+        for name in names:
+            if name in theirs:
+                assert ours[name] == pytest.approx(theirs[name], abs=2e-5), (name, ours["step"])
+    assert losses(state)[1] == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(losses(state)[6] - math.log(2)) > 5e-4  # the adapter trains, and is on again after every reference forward
+    assert any("eval_loss" in entry for entry in state.log_history)
+    weights = [load_file(tmp_path / run / "adapter_model.safetensors") for run in ("stored", "without")]
+    for name, values in weights[0].items():
+        torch.testing.assert_close(weights[1][name], values, rtol=1e-3, atol=2e-5)
+
+
+def test_a_reference_without_adapter_needs_one(train, tmp_path):
+    with pytest.raises(ValueError, match="--reference adapter_disabled needs --lora_enable True"):
+        train(tmp_path / "run", "--reference", "adapter_disabled")
+    with pytest.raises(ValueError, match="--accept_foreign_logps True means nothing with --reference adapter_disabled"):
+        train(tmp_path / "run", *LORA, "--reference", "adapter_disabled", "--accept_foreign_logps", "True")
 
 
 @pytest.mark.parametrize("flags", [FULL, [*LORA, "--merge_lora", "True"]], ids=["full", "lora"])
