@@ -84,6 +84,7 @@ def build_policy(
     policy = load_policy(checkpoint, adapter, dtype=args.numerics.load_dtype, bits=args.bits)
     if args.lora_enable:
         name = model_options.model_name_or_path
+        torch.manual_seed(args.seed)  # whatever loading drew (ZeRO-3 initialises first), so that every engine starts with one adapter
         return add_lora(
             policy,
             adapter.spec.lora_targets,
