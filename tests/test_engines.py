@@ -120,7 +120,9 @@ def gathered_save(rank: int, port: int, output: str) -> float:
 
 def adapted_decoder() -> torch.nn.Module:
     torch.manual_seed(0)
-    return add_lora(decoder("llama", kv_heads=2), r".*language_model.*\.(q_proj|v_proj|down_proj)", r=4, alpha=8, dropout=0.0, base="none").train()
+    return add_lora(
+        decoder("llama", kv_heads=2), r".*language_model.*\.(q_proj|v_proj|down_proj)", r=4, alpha=8, dropout=0.0, base="none"
+    ).train()
 
 
 def adapter_step(model: torch.nn.Module, *batches) -> float:

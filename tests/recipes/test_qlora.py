@@ -92,6 +92,22 @@ def test_starts_at_ln2_and_trains_the_adapter_alone(flags, train, tmp_path, monk
     assert len(saved) == 2 * 7 * LAYERS and all(value.abs().max() > 0 for value in saved.values())
 
 
+def test_sft_trains_an_adapter_on_quantised_weights(load_recipe, tiny_llava_path, rows, tmp_path):
+    flags = ["--model_name_or_path", str(tiny_llava_path), "--data_path", str(rows), "--output_dir", str(tmp_path / "run"), *QLORA]
+    flags += ["--lora_r", "8", "--learning_rate", "1e-2", "--per_device_train_batch_size", "4", "--max_steps", "8", "--logging_steps", "1"]
+    by_step = losses(load_recipe("train/sft.py").main([*flags, "--optim", "adamw_8bit", "--disable_tqdm", "True", "--save_strategy", "no"]))
+    assert by_step[8] < by_step[1] - 1
+    saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert len(saved) == 2 * 7 * LAYERS and all(value.abs().max() > 0 for value in saved.values())
+
+
+def test_the_reference_without_its_adapter_is_quantised_too(train, rows, tmp_path):
+    """Losses as with log-probs that were scored with --bits 4, from rows that store none."""
+    stored = losses(train(tmp_path / "stored", "--max_steps", "3", "--lora_dropout", "0", *QLORA))
+    flags = ["--data_path", str(rows), "--reference", "adapter_disabled", "--max_steps", "3", "--lora_dropout", "0", *QLORA]
+    assert losses(train(tmp_path / "without", *flags)) == pytest.approx(stored, abs=2e-2)
+
+
 def test_a_resumed_run_equals_the_uninterrupted_one(train, tmp_path):
     flags = [*QLORA, "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2"]
     whole = losses(train(tmp_path / "run", *flags))
