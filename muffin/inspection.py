@@ -24,6 +24,7 @@ import pandas as pd
 from muffin.pairs import REFERENCE_COLUMNS, PreferenceDataset, PreferencePair, load_preferences, load_prompts
 from muffin.policies import PolicyAdapter, PolicyOptions, encode_pair, load_adapter, resolve_checkpoint
 from muffin.provenance import differing, hash_fields, read_reference
+from muffin.reward import RewardModel
 from muffin.shapeworld.claims import Claim, is_true, split_claims
 from muffin.shapeworld.measure import wrong_claims
 from muffin.shapeworld.scenes import Scene
@@ -148,6 +149,24 @@ def token_rewards(before: PreferenceDataset, after: PreferenceDataset, *, beta: 
                 for token, (reference, policy) in enumerate(values)
             ]
     return pd.DataFrame(rows)
+
+
+def live_rewards(model: RewardModel, pairs: PreferenceDataset) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The tables of `pair_rewards` and `token_rewards`, computed now with policy and reference in memory; nothing stored is read.
+
+    Position and idx are those of `pairs`. Raises ValueError as `RewardModel.reward` does.
+    """
+    of_pairs, of_tokens = [], []
+    for position in range(len(pairs)):
+        pair = pairs[position]
+        found = dict(zip(SIDES, model.reward(pair.image, pair.question, (pair.chosen, pair.rejected)), strict=True))
+        margin = found["chosen"].sum - found["rejected"].sum
+        for side, reward in found.items():
+            row = {"position": position, "idx": pair.idx, "side": side}
+            values = reward.per_token.tolist()
+            of_pairs.append(row | {"tokens": len(values), "reward_sum": reward.sum, "reward_mean": reward.mean, "margin": margin})
+            of_tokens += [row | {"token": token, "reward": value} for token, value in enumerate(values)]
+    return pd.DataFrame(of_pairs), pd.DataFrame(of_tokens)
 
 
 def share_below_zero(rewards: pd.DataFrame) -> float:

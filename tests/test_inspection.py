@@ -19,6 +19,7 @@ from muffin.inspection import (
     confusion,
     evaluation_curves,
     last_round,
+    live_rewards,
     load_choices,
     load_moments,
     load_scoring_adapter,
@@ -37,9 +38,10 @@ from muffin.inspection import (
     worst_pairs,
 )
 from muffin.pairs import load_preferences
+from muffin.reward import load_reward_model
 from muffin.shapeworld.scenes import Scene, Thing
 from tests.scored import scored_rows, six_values, write_rows
-from tests.tiny import preference_rows
+from tests.tiny import preference_rows, tiny_llava
 
 SCENE = Scene("standard", 0, (Thing("red", "circle", "at the top", "large"), Thing("blue", "cross", "on the left", "small")), seed=1)
 TRUE, COUNT, MANY = "At the top there is a red circle.", "The image shows two objects.", "The image shows three objects."
@@ -81,6 +83,18 @@ def test_scorings_differ_in_nothing_but_the_policy(tmp_path, tiny_llava_path, ti
     (trained / "muffin_reference.json").unlink()
     with pytest.raises(ValueError, match="trained holds no muffin_reference.json"):
         load_scorings(before, trained)
+
+
+def test_live_rewards_are_those_of_two_scorings(tmp_path, tiny_llava_path, tiny_rows_path):
+    """The stored values come from the plain form, one answer at a time; the live ones from packed rows."""
+    trained = tiny_llava(tmp_path / "trained", seed=1)
+    before = load_preferences(write_rows(tmp_path / "before", *scored_rows(tiny_llava_path, tiny_rows_path)))
+    after = load_preferences(write_rows(tmp_path / "after", *scored_rows(trained, tiny_rows_path)))
+    model = load_reward_model(trained, tiny_llava_path, beta=0.3, dtype="float32")
+    pairs, tokens = live_rewards(model, load_preferences(tiny_rows_path))
+    for found, expected in ((pairs, pair_rewards(before, after, beta=0.3)), (tokens, token_rewards(before, after, beta=0.3))):
+        pd.testing.assert_frame_equal(found, expected, rtol=1e-4, atol=1e-4)
+    assert pairs.reward_sum.abs().min() > 1e-3
 
 
 def test_only_shared_rows_count_and_none_is_an_error(tmp_path):
