@@ -5,8 +5,9 @@ N rounds, each from the policy of the one before (arXiv:2405.17220, section 3).
         --data_path prompts.parquet --output_dir runs/rlaifv
 
 Every stage is one of the recipes that can be run by itself, in a process of its own, with the flags that the manifest shows. Defaults are
-the paper's settings; --generation_flags and its like give other flags to a stage's recipe and win over what this command passes. --world
-runs the same loop in the tiny image world, whose policy and labeler are trained from nothing first (kept in --cache_dir).
+the paper's settings; --generation_flags and its like give other flags to a stage's recipe and win over what this command passes (paths in
+them count from the repository's folder). --world runs the same loop in the tiny image world, whose policy and labeler are trained from
+nothing first (kept in --cache_dir).
 Killed: the same command again; finished stages are not repeated and recipes go on where they were.
 
 Output: report.html (eval/report.py); results.json (before, after-1, ..., after; the chosen checkpoints; seconds); manifest.json (every
@@ -28,7 +29,7 @@ from typing import Any, Literal
 
 from transformers import HfArgumentParser
 
-from muffin.checkpoint_choice import LABELER, MEASURES, Measured, choose, read_measured
+from muffin.checkpoint_choice import LABELER, MEASURES, choose, read_measured
 from muffin.checkpoints import complete_checkpoints
 from muffin.policies import PolicyOptions
 from muffin.provenance import read_reference, reference_id, write_atomically
@@ -131,6 +132,10 @@ class IterateOptions:
             raise ValueError("--choice_images 0: the labeler chooses checkpoints on these; or take the last with --checkpoints_per_epoch 0")
         if (self.benchmarks or self.choose_by != LABELER) and self.benchmark_root is None:
             raise ValueError("--benchmarks and --choose_by BENCHMARK need --benchmark_root, the folder with the benchmarks' files")
+        for name in ("model_name_or_path", "data_path", "labeler_name_or_path", "image_root", "benchmark_root"):
+            value = getattr(self, name)
+            if value is not None and Path(value).exists():  # else a hub id; stages run in the repository's folder
+                setattr(self, name, str(Path(value).resolve()))
 
 
 OPTIONS = (PolicyOptions, ColdStartOptions, IterateOptions)
@@ -322,15 +327,10 @@ def choose_checkpoint(run: Run, number: int, policy: str) -> tuple[Path, dict[st
     start, *others = measured
     chosen = choose(start, others, options.min_capability)
     measure = MEASURES[options.choose_by]
-    logger.info(
-        "round %d goes on from %s: %s %.2f, %s %.2f", number, chosen.name, *named_numbers(chosen, measure.hallucination, measure.capability)
-    )
+    numbers = f"{measure.hallucination} {chosen.hallucination:.2f}, {measure.capability} {chosen.capability:.2f}"
+    logger.info("round %d goes on from %s: %s", number, chosen.name, numbers)
     choice = {"chosen": chosen.name, "by": options.choose_by, **asdict(measure), "measured": [asdict(each) for each in measured]}
     return candidates[chosen.name], choice
-
-
-def named_numbers(measured: Measured, hallucination: str, capability: str) -> tuple[str, float, str, float]:
-    return hallucination, measured.hallucination, capability, measured.capability
 
 
 def evaluate(run: Run, number: int, policy: str) -> None:

@@ -98,10 +98,11 @@ def test_small_world_with_true_labels(load_recipe, in_process: list[str], tmp_pa
     assert json.loads((tmp_path / "run" / "results.json").read_text())["labeler"]["accuracy"] < 100
 
 
-def test_own_data_two_rounds_with_choice_of_checkpoints(load_recipe, in_process: list[str], tiny_llava_path, tmp_path: Path, capsys):
+def test_own_data_two_rounds_with_choice_of_checkpoints(load_recipe, in_process, tiny_llava_path, tmp_path: Path, capsys, monkeypatch):
     """Real recipes on a tiny LLaVA with noise for images: the second round starts from the checkpoint that the labeler chose."""
-    data = write_parquet(tmp_path / "rows.parquet", 72)  # three rows on each of 24 images
-    flags = ["--model_name_or_path", str(tiny_llava_path), "--labeler_name_or_path", "self", "--data_path", str(data)]
+    write_parquet(tmp_path / "rows.parquet", 72)  # three rows on each of 24 images
+    monkeypatch.chdir(tmp_path)  # stages run elsewhere: paths are made absolute
+    flags = ["--model_name_or_path", str(tiny_llava_path), "--labeler_name_or_path", "self", "--data_path", "rows.parquet"]
     flags += ["--output_dir", str(tmp_path / "run"), "--iterations", "2", "--dtype", "float32"]
     flags += ["--choice_images", "3", "--heldout_images", "4", "--learning_rate", "1e-3", "--num_train_epochs", "1"]
     flags += ["--checkpoints_per_epoch", "2", "--min_capability", "0", "--rescored_pairs", "3"]
@@ -116,6 +117,7 @@ def test_own_data_two_rounds_with_choice_of_checkpoints(load_recipe, in_process:
     results = load_recipe("train/iterate.py").main(flags)
     run = tmp_path / "run"
 
+    assert json.loads((run / "manifest.json").read_text())["prompts"]["command"][2] == str(tmp_path / "rows.parquet")
     parts = {name: len(load_prompts(run / "prompts" / name)) for name in ("round-1", "round-2", "choice", "heldout")}
     assert parts == {"round-1": 24, "round-2": 24, "choice": 3, "heldout": 4}  # (24 - 7) // 2 images each, one left over
     for number in (1, 2):
