@@ -118,6 +118,10 @@ class PolicyAdapter(Protocol):
         """Load the weights of `path`. Raises ValueError on any missing or unexpected key."""
         ...
 
+    def empty_model(self, path: Path) -> nn.Module:
+        """The model of `path` from its config alone, with random weights; under torch.device("meta") it takes no memory."""
+        ...
+
     def see(self, image: Image.Image) -> SeenImage:
         """Preprocess an image. Raises ValueError for one that the family cannot take."""
         ...
