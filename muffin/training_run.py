@@ -78,7 +78,13 @@ def build_policy(
 ) -> nn.Module:
     """The policy with what is to be trained marked as such: a LoRA adapter, or all weights but frozen ones."""
     policy = load_policy(checkpoint, adapter, dtype=args.numerics.load_dtype, bits=args.bits)
-    if args.lora_enable:
+    return mark_trained(policy, adapter, model_options, lora_options, lora_enable=args.lora_enable)
+
+
+def mark_trained(
+    policy: nn.Module, adapter: PolicyAdapter, model_options: ModelOptions, lora_options: LoraOptions, *, lora_enable: bool
+) -> nn.Module:
+    if lora_enable:
         name = model_options.model_name_or_path
         return add_lora(
             policy,
