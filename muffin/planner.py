@@ -396,7 +396,7 @@ def plan_report(
         batch_size=args.per_device_train_batch_size,
         config=policies[own].config,
         lora=own != "full",
-        recomputes=args.activation_checkpointing,
+        recomputes=bool(args.activation_checkpointing),
     )
     steps = {"full": rehearse_both(policies["full"], sample.longest), "LoRA": rehearse_both(policies["LoRA"], sample.longest)}
     same = policies["LoRA"].numerics.load_dtype == policies["QLoRA"].numerics.load_dtype  # then the two keep the same activations
@@ -407,21 +407,25 @@ def plan_report(
     return "\n".join(lines)
 
 
+def _gb(size: float) -> str:
+    return f"{size / GB:.3g}"
+
+
 def _weight_lines(
     own: Method, policy: EmptyPolicy, steps: tuple[StepMemory, StepMemory], args: PolicyArguments, batch: PackedBatch
 ) -> list[str]:
     weights, numerics = policy.weights, policy.numerics
     autocast = f", forward in {numerics.autocast_dtype}" if numerics.autocast_dtype else ""
-    without, with_checkpointing = (f"{step.activations / GB:.2f} GB" for step in steps)
-    copies = " (with the bfloat16 copies of the weights that autocast makes)" if own == "full" and numerics.autocast_dtype else ""
+    copies = "; they hold the bfloat16 copies of the weights that autocast makes" if own == "full" and numerics.autocast_dtype else ""
+    pairs = len(batch.lengths) // 2
     return [
         f"{own} training, weights in {numerics.weights_dtype}{autocast}",
         f"parameters   {weights.total:,}, of which trained {weights.trainable:,}",
-        f"weights      {weights.bytes / GB:.2f} GB",
-        f"gradients    {4 * weights.trainable / GB:.2f} GB, in float32",
-        f"optimizer    {optimizer_bytes(weights.trained, args.optim) / GB:.2f} GB, {args.optim.value}",
-        f"activations  {without} at the longest batch ({batch.num_tokens:,} positions), {with_checkpointing} under "
-        f"--activation_checkpointing True{copies}",
+        f"weights      {_gb(weights.bytes)} GB",
+        f"gradients    {_gb(4 * weights.trainable)} GB, in float32",
+        f"optimizer    {_gb(optimizer_bytes(weights.trained, args.optim))} GB, {args.optim.value}",
+        f"activations  {_gb(steps[0].activations)} GB in a step on the longest pairs of the sample ({pairs} of them, {batch.num_tokens:,} "
+        f"positions), {_gb(steps[1].activations)} GB with --activation_checkpointing True{copies}",
     ]
 
 
@@ -433,45 +437,35 @@ def _table_lines(
     options: PlanOptions,
 ) -> list[str]:
     """A line per method and stage of ZeRO, with and without activation checkpointing."""
+    own_stage = zero_stage(args)
     lines = [
         f"GB per GPU on {options.plan_processes} of them with {options.gpu_memory_gb:g} GB each; what fits leaves {MARGIN:.0%} free "
         "for CUDA, workspaces and fragmentation",
-        f"{'':11} {'':8} {'':9} {'':7} {'':30}  with --activation_checkpointing True",
-        f"{'':6} ZeRO {'weights':>8} {'optimizer':>9} {'engine':>7} {'step':>7} {'total':>7}{'':15} {'step':>7} {'total':>7}",
+        f"{'':66}with --activation_checkpointing True",
+        f"{'':6} ZeRO {'weights':>8} {'optimizer':>9} {'engine':>8} {'step':>8} {'total':>8}{'':14} {'step':>8} {'total':>8}",
     ]
-    stages = sorted({*ZERO_STAGES, zero_stage(args)})
-    for method, zero in product(METHODS, stages):
+    for method, stage in product(METHODS, sorted({*ZERO_STAGES, own_stage})):
         policy = policies[method]
-        if refuses_zero3(method, policy.numerics) and zero == 3:
-            lines.append(f"{method:6} {zero:>4} refused: ZeRO-3 would hold the base in float32")
+        if stage == 3 and not args.fsdp and refuses_zero3(method, policy.numerics):
+            lines.append(f"{method:6} {stage:>4} refused: ZeRO-3 would hold the base in float32")
             continue
-        found = [
-            memory_per_gpu(
-                policy.weights,
-                step,
-                zero=zero,
-                processes=options.plan_processes,
-                optim=args.optim,
-                accumulates=args.gradient_accumulation_steps > 1,
-            )
+        accumulates = args.gradient_accumulation_steps > 1
+        plain, checkpointed = (
+            memory_per_gpu(policy.weights, step, zero=stage, processes=options.plan_processes, optim=args.optim, accumulates=accumulates)
             for step in steps[method]
-        ]
-        shared = "".join(
-            f" {value / GB:{width}.1f}"
-            for value, width in zip((found[0].weights, found[0].optimizer, found[0].buffers), (8, 9, 7), strict=True)
         )
-        verdicts = [f" {each.step / GB:7.1f} {each.total / GB:7.1f}  {_verdict(each, options)}" for each in found]
-        mark = (
-            f"  <- these flags, {'with' if args.activation_checkpointing else 'without'}"
-            if (method, zero) == (own, zero_stage(args))
-            else ""
-        )
-        lines.append(f"{method:6} {zero:>4}{shared}{verdicts[0]:<30}{verdicts[1]}{mark}".rstrip())
+        line = f"{method:6} {stage:>4} {_gb(plain.weights):>8} {_gb(plain.optimizer):>9} {_gb(plain.buffers):>8}"
+        for memory in (plain, checkpointed):
+            verdict = "fits" if memory.fits(options.gpu_memory_gb) else "does not fit"
+            line += f" {_gb(memory.step):>8} {_gb(memory.total):>8}  {verdict:12}"
+        if (method, stage) == (own, own_stage):
+            line += f"  <- these flags, {'with' if args.activation_checkpointing else 'without'}"
+        lines.append(line.rstrip())
+    if args.fsdp:
+        lines.append("--fsdp is counted as ZeRO-3")
+    if args.deepspeed and args.hf_deepspeed_config.is_offload():
+        lines.append(f"what --deepspeed {args.deepspeed} offloads to the CPU is counted on the GPU here")
     return lines
-
-
-def _verdict(memory: Memory, options: PlanOptions) -> str:
-    return "fits" if memory.fits(options.gpu_memory_gb) else "does not fit"
 
 
 def _row_lines(sample: RowSample, model_max_length: int) -> list[str]:

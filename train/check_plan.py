@@ -44,8 +44,10 @@ TOLERANCE = 0.15
 class CheckOptions:
     output: str | None = field(default=None, metadata={"help": "JSON file for the results: a list, one row per cell."})
     widths: list[int] = field(default_factory=lambda: [256, 512], metadata={"help": "Decoder widths, multiples of 128."})
-    layers: list[int] = field(default_factory=lambda: [4, 8], metadata={"help": "Numbers of decoder layers."})
-    vocabulary: int = field(default=32000, metadata={"help": "Rows of the embedding and of lm_head."})
+    layers: list[int] = field(default_factory=lambda: [8], metadata={"help": "Numbers of decoder layers."})
+    vocabulary: int = field(
+        default=2000, metadata={"help": "Rows of the embedding and of lm_head; at 2000 their share is about that of a 7B model."}
+    )
     pairs: int = field(default=1, metadata={"help": "Pairs in the batch, each on an image of its own, usually 1 to 4."})
     response_tokens: int = field(default=100, metadata={"help": "Tokens of a response."})
     dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "As --dtype of training."})
@@ -57,9 +59,11 @@ class CheckOptions:
         for width in self.widths:
             if width < 128 or width % 128:
                 raise ValueError(f"--widths has {width}, want multiples of 128")
-        for name in ("pairs", "response_tokens", "vocabulary", *(["layers"] if self.layers == [] else [])):
-            if not getattr(self, name):
-                raise ValueError(f"--{name} is {getattr(self, name)}, want 1 or more")
+        for name, least in (("pairs", 1), ("response_tokens", 2), ("vocabulary", IMAGE_TOKEN + 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} is {getattr(self, name)}, want {least} or more")
+        if min(self.layers, default=0) < 1:
+            raise ValueError(f"--layers is {self.layers}, want one number or more, of 1 or more each")
 
 
 OPTIONS = (CheckOptions,)
@@ -189,8 +193,9 @@ def measured_in_process(name: str, options: CheckOptions) -> int:
     for option, value in asdict(options).items():
         if option not in ("output", "measure"):
             words += [f"--{option}", *map(str, value if isinstance(value, list) else [value])]
-    # glibc gives freed memory back at once, so that the peak is of what is in use
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
+    # glibc gives freed memory back at once, and oneDNN keeps no kernels compiled for shapes (20 MB in bfloat16 however large the policy
+    # is), so that the peak is of tensors in use
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0", "OMP_NUM_THREADS": "1"}
     process = subprocess.run([sys.executable, __file__, *words], env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return int(process.stdout.splitlines()[-1])
 
