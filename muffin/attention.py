@@ -38,6 +38,20 @@ VarlenKernel = Callable[..., Tensor]
 Implementation = Literal["auto", "flash_attention_2", "sdpa"]  # of --attn_implementation
 
 
+# A stand-in for the kernel of another machine, for `muffin.rehearsal`.
+_stand_in: ContextVar[VarlenKernel | None] = ContextVar("stand_in_kernel", default=None)
+
+
+@contextmanager
+def stand_in_kernel(kernel: VarlenKernel | None) -> Iterator[None]:
+    """Run packed attention on `kernel`, whatever the device; None leaves it as it is."""
+    token = _stand_in.set(kernel)
+    try:
+        yield
+    finally:
+        _stand_in.reset(token)
+
+
 class _Calls:
     """How often packed attention ran inside the current `packed_attention`; zero after a forward means it was bypassed."""
 
@@ -139,7 +153,7 @@ def shared_prefix_attention(
     if calls is not None:
         calls.count += 1
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast RoPE promotes q and k to float32 while v stays bfloat16
-    kernel = None if plain else varlen_kernel(query.device.type, query.dtype)
+    kernel = _stand_in.get() or (None if plain else varlen_kernel(query.device.type, query.dtype))
     if kernel is not None:
         return _attend_varlen(kernel, query, key, value, scaling, packed_layout), None
     attend = _attend_padded if packed_layout.max_seqlen_k <= SHORT_SEQUENCE else _attend_per_span

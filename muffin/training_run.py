@@ -82,9 +82,16 @@ def build_policy(
 ) -> nn.Module:
     """The policy with what is to be trained marked as such: a LoRA adapter, or all weights but frozen ones."""
     policy = load_policy(checkpoint, adapter, dtype=args.numerics.load_dtype, bits=args.bits)
-    if args.lora_enable:
+    torch.manual_seed(args.seed)  # whatever loading drew (ZeRO-3 initialises first), so that every engine starts with one adapter
+    return mark_trained(policy, adapter, model_options, lora_options, lora_enable=args.lora_enable)
+
+
+def mark_trained(
+    policy: nn.Module, adapter: PolicyAdapter, model_options: ModelOptions, lora_options: LoraOptions, *, lora_enable: bool
+) -> nn.Module:
+    """`policy` with a LoRA adapter, which alone is trained then, or with its vision tower frozen where that is asked for."""
+    if lora_enable:
         name = model_options.model_name_or_path
-        torch.manual_seed(args.seed)  # whatever loading drew (ZeRO-3 initialises first), so that every engine starts with one adapter
         return add_lora(
             policy,
             adapter.spec.lora_targets,

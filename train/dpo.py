@@ -8,6 +8,8 @@ Several GPUs: the same command behind `torchrun --nproc_per_node 8`. The data co
 policy are refused. LoRA can do without stored ones (--reference adapter_disabled), for one more forward per step. Killed: add
 --resume_from_checkpoint last.
 
+Before that, on any machine: --plan True --plan_processes 8 --gpu_memory_gb 80 prints whether it fits and how long it takes, and ends.
+
 Output: the model (LoRA: the adapter) with tokenizer and image processor, checkpoint-*/, options.json (every resolved option),
 trainer_state.json (all logged metrics), muffin_reference.json (the reference policy); with --merge_lora True also merged/.
 """
@@ -22,6 +24,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import HfArgumentParser, TrainerState, set_seed
 
 from muffin.pairs import PreferenceDataset, load_preferences, parse_column_map
+from muffin.planner import PlanOptions, plan_report
 from muffin.policies import PolicyAdapter, PolicyOptions, load_adapter, resolve_checkpoint
 from muffin.preflight import preflight
 from muffin.provenance import describe_reference, foreign_rows, read_reference, reference_id
@@ -42,17 +45,21 @@ class DataOptions:
     bad_rows: Literal["fail", "skip"] = field(default="fail", metadata={"help": "Stop at rows that cannot be used, or leave them out."})
 
 
-OPTIONS = (ModelOptions, PolicyOptions, DataOptions, LoraOptions, DPOArguments)
+OPTIONS = (ModelOptions, PolicyOptions, DataOptions, LoraOptions, PlanOptions, DPOArguments)
 
 
-def main(argv: list[str] | None = None) -> TrainerState:
-    model_options, policy_options, data_options, lora_options, args = HfArgumentParser(OPTIONS).parse_args_into_dataclasses(
+def main(argv: list[str] | None = None) -> TrainerState | None:
+    model_options, policy_options, data_options, lora_options, plan_options, args = HfArgumentParser(OPTIONS).parse_args_into_dataclasses(
         args=argv, look_for_args_file=False
     )
     logging.basicConfig(level=logging.INFO if args.process_index == 0 else logging.ERROR, format="%(name)s: %(message)s")
-    resume = checkpoint_to_resume(args)
-    checkpoint = resolve_checkpoint(model_options.model_name_or_path)
+    checkpoint = resolve_checkpoint(model_options.model_name_or_path, weights=not plan_options.plan)
     check_options(model_options, lora_options, args, checkpoint)
+    if plan_options.plan:
+        dataset = open_rows(data_options.data_path, data_options, data_options.max_rows)
+        print(plan_report(checkpoint, policy_options, dataset, model_options, lora_options, args, plan_options))
+        return None
+    resume = checkpoint_to_resume(args)
     adapter = load_adapter(checkpoint, policy_options)
     reference = describe_reference(checkpoint, adapter, args.numerics)
 
@@ -85,6 +92,10 @@ def main(argv: list[str] | None = None) -> TrainerState:
     return trainer.state
 
 
+def open_rows(path: str, options: DataOptions, max_rows: int | None) -> PreferenceDataset:
+    return load_preferences(path, column_map=parse_column_map(options.column_map), max_rows=max_rows, image_root=options.image_root)
+
+
 def load_rows(
     path: str,
     name: str,
@@ -96,7 +107,7 @@ def load_rows(
     command: str,
 ) -> PreferenceDataset:
     """Rows that are usable and store this policy's log-probs, where it reads them. Raises ValueError when some are not or do not."""
-    dataset = load_preferences(path, column_map=parse_column_map(options.column_map), max_rows=max_rows, image_root=options.image_root)
+    dataset = open_rows(path, options, max_rows)
     if args.reference == "adapter_disabled":
         dataset, proven = dataset.without_reference(), []
     else:

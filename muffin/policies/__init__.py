@@ -66,15 +66,17 @@ class Checkpoint:
         return self.lora or self.base
 
 
-def resolve_checkpoint(name_or_path: str | Path) -> Checkpoint:
+def resolve_checkpoint(name_or_path: str | Path, *, weights: bool = True) -> Checkpoint:
     """Folder(s) of a local path or a hub id (downloaded once to the hub cache). A LoRA folder leads to its base model.
+
+    weights: False downloads config and tokenizer alone.
 
     Raises ValueError when neither config.json nor adapter_config.json is there.
     """
-    folder = checkpoint_folder(name_or_path)
+    folder = checkpoint_folder(name_or_path, weights=weights)
     if (folder / "adapter_config.json").exists():
         base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        return Checkpoint(base=resolve_checkpoint(base).base, lora=folder)
+        return Checkpoint(base=resolve_checkpoint(base, weights=weights).base, lora=folder)
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds neither config.json (a model) nor adapter_config.json (a LoRA adapter)")
     return Checkpoint(base=folder)

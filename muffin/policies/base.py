@@ -20,7 +20,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from muffin.pairs import PreferencePair
 
-CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
+WEIGHT_FILES = "*.safetensors"
+CHECKPOINT_FILES = [WEIGHT_FILES, "*.json", "*.model", "*.jinja", "*.txt"]
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,10 @@ class PolicyAdapter(Protocol):
         """Load the weights of `path`. Raises ValueError on any missing or unexpected key."""
         ...
 
+    def empty_model(self, path: Path) -> nn.Module:
+        """The model of `path` from its config alone, with random weights; under torch.device("meta") it takes no memory."""
+        ...
+
     def see(self, image: Image.Image) -> SeenImage:
         """Preprocess an image. Raises ValueError for one that the family cannot take."""
         ...
@@ -189,8 +194,8 @@ def generation_inputs(adapter: PolicyAdapter, encoded: Sequence[EncodedResponses
 # --- blocks that families share
 
 
-def checkpoint_folder(name_or_path: str | Path, source: str = "--model_name_or_path") -> Path:
-    """The folder of a local path or a hub id (downloaded once to the hub cache).
+def checkpoint_folder(name_or_path: str | Path, source: str = "--model_name_or_path", *, weights: bool = True) -> Path:
+    """The folder of a local path or a hub id (downloaded once to the hub cache; without its weights where they are not wanted).
 
     Pickled weights are fetched only where a repository has no safetensors; transformers reads them with torch's `weights_only`.
     Raises ValueError naming `source` for a path that does not exist.
@@ -200,6 +205,8 @@ def checkpoint_folder(name_or_path: str | Path, source: str = "--model_name_or_p
         return folder
     if folder.is_absolute() or str(name_or_path).startswith("."):
         raise ValueError(f"{source} {name_or_path} does not exist; give a checkpoint folder or a hub id")
+    if not weights:
+        return Path(snapshot_download(str(name_or_path), allow_patterns=[name for name in CHECKPOINT_FILES if name != WEIGHT_FILES]))
     folder = Path(snapshot_download(str(name_or_path), allow_patterns=CHECKPOINT_FILES))
     if not any(folder.glob("*.safetensors")):
         folder = Path(snapshot_download(str(name_or_path), allow_patterns=[*CHECKPOINT_FILES, "pytorch_model*.bin"]))

@@ -188,6 +188,13 @@ class Llava15Policy:
             return load_original_model(path, **from_pretrained)
         return load_whole(LlavaForConditionalGeneration, path, config=_config(path), **from_pretrained)
 
+    def empty_model(self, path: Path) -> nn.Module:
+        if not _is_original(path):
+            return LlavaForConditionalGeneration(_config(path))
+        config = original_config(path)
+        config.text_config.vocab_size = config.num_output_tokens + 2  # the rows that load_original_model adds
+        return LlavaForConditionalGeneration(config)
+
     def see(self, image: Image.Image) -> SeenImage:
         vision = {"pixel_values": self.image_processor(image, return_tensors="pt").pixel_values}
         return SeenImage(vision, vision_key(vision), IMAGE_TOKEN)

@@ -142,6 +142,10 @@ class MiniCPMVPolicy(ChatPolicy):
         mode = self.image_processor.downsample_mode
         return load_whole(MiniCPMV4_6ForConditionalGeneration, path, downsample_mode=mode, **from_pretrained)
 
+    def empty_model(self, path: Path) -> nn.Module:
+        mode = self.image_processor.downsample_mode
+        return MiniCPMV4_6ForConditionalGeneration(MiniCPMV4_6Config.from_pretrained(path, downsample_mode=mode))
+
     def see(self, image: Image.Image) -> SeenImage:
         processed = self.image_processor(image, return_tensors="pt")
         target_sizes = processed["target_sizes"].long()

@@ -295,9 +295,15 @@ class MiniCPMV2Policy(ChatPolicy):
         )
 
     def load_model(self, path: Path, **from_pretrained: Any) -> nn.Module:
+        return load_whole(MiniCPMV, path, config=self._config(path), **from_pretrained)
+
+    def empty_model(self, path: Path) -> nn.Module:
+        return MiniCPMV(self._config(path))
+
+    def _config(self, path: Path) -> MiniCPMVConfig:
         config = MiniCPMVConfig.from_dict(json.loads((path / "config.json").read_text()))
         config.image_token_id = self.image_token_id
-        return load_whole(MiniCPMV, path, config=config, **from_pretrained)
+        return config
 
     def see(self, image: Image.Image) -> SeenImage:
         units, grid = self.slicing.cut(image)

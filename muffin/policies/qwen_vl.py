@@ -144,6 +144,9 @@ class QwenVLPolicy(ChatPolicy):
     def load_model(self, path: Path, **from_pretrained: Any) -> nn.Module:
         return load_whole(self.model_class, path, **from_pretrained)
 
+    def empty_model(self, path: Path) -> nn.Module:
+        return self.model_class(self.model_class.config_class.from_pretrained(path))
+
     def see(self, image: Image.Image) -> SeenImage:
         processed = self.image_processor(image, return_tensors="pt")
         vision = {"pixel_values": processed["pixel_values"], "image_grid_thw": processed["image_grid_thw"]}
