@@ -209,8 +209,11 @@ class DPOTrainer(PolicyTrainer):
         if self.args.reference == "stored":
             return batch.reference_chosen_logps, batch.reference_rejected_logps
         adapted = next(module for module in model.modules() if isinstance(module, PeftModel))
+        training = model.training
+        model.eval()  # as scoring does: no dropout
         with torch.no_grad(), adapted.disable_adapter(), self.args.numerics.autocast(self.args.device.type):
             logps = response_logps(model, batch.packed)
+        model.train(training)
         chosen, rejected = logps.weighted_sums(batch.token_weights).view(-1, 2).unbind(dim=1)
         return chosen, rejected
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import TrainerState
 
 from muffin.pairs import load_preferences
@@ -58,36 +57,6 @@ def mean_chosen_logp(checkpoint: Path, data: Path) -> float:
     dataset = load_preferences(data)
     with torch.no_grad():
         return sum(float(plain_token_logps(policy, adapter, dataset[position])[0].sum()) for position in range(ROWS)) / ROWS
-
-
-@pytest.mark.parametrize(
-    "objective", [[], ["--dpo_use_average", "True"], ["--dpo_token_weighted", "True"]], ids=["sums", "averages", "token weights"]
-)
-def test_the_reference_without_its_adapter_equals_the_stored_one(objective, train, tiny_llava_path, tmp_path):
-    """Rows that store nothing, and the same rows scored: equal losses, metrics and weights."""
-    fixed = [*LORA, "--lora_dropout", "0", "--max_steps", "6", *objective]
-    stored = train(tmp_path / "stored", *fixed)
-    bare = write_parquet(tmp_path / "rows.parquet", ROWS)
-    flags = ["--data_path", str(bare), "--reference", "adapter_disabled", "--eval_data_path", str(bare)]
-    state = train(tmp_path / "without", *fixed, *flags)
-    names = ("loss", "rewards/chosen", "rewards/rejected", "logps/chosen")
-    for ours, theirs in zip(state.log_history, stored.log_history, strict=False):
-        for name in names:
-            if name in theirs:
-                assert ours[name] == pytest.approx(theirs[name], abs=2e-5), (name, ours["step"])
-    assert losses(state)[1] == pytest.approx(math.log(2), abs=1e-6)
-    assert abs(losses(state)[6] - math.log(2)) > 5e-4  # the adapter trains, and is on again after every reference forward
-    assert any("eval_loss" in entry for entry in state.log_history)
-    weights = [load_file(tmp_path / run / "adapter_model.safetensors") for run in ("stored", "without")]
-    for name, values in weights[0].items():
-        torch.testing.assert_close(weights[1][name], values, rtol=1e-3, atol=2e-5)
-
-
-def test_a_reference_without_adapter_needs_one(train, tmp_path):
-    with pytest.raises(ValueError, match="--reference adapter_disabled needs --lora_enable True"):
-        train(tmp_path / "run", "--reference", "adapter_disabled")
-    with pytest.raises(ValueError, match="--accept_foreign_logps True means nothing with --reference adapter_disabled"):
-        train(tmp_path / "run", *LORA, "--reference", "adapter_disabled", "--accept_foreign_logps", "True")
 
 
 @pytest.mark.parametrize("flags", [FULL, [*LORA, "--merge_lora", "True"]], ids=["full", "lora"])
@@ -154,6 +123,60 @@ def test_other_ways_through_the_data(train, tmp_path):
 
 
 @pytest.fixture(scope="module")
+def unscored(tmp_path_factory) -> Path:
+    return write_parquet(tmp_path_factory.mktemp("unscored") / "rows.parquet", ROWS)
+
+
+OTHER_REDUCTIONS = {
+    "sums": [],
+    "weighted averages": ["--dpo_token_weighted", "True", "--dpo_use_average", "True", "--dpo_beta", "5"],
+    "checkpointed": ["--activation_checkpointing", "True", "--gradient_accumulation_steps", "2"],
+}
+
+
+@pytest.mark.parametrize("case", OTHER_REDUCTIONS)
+def test_disabled_adapter_is_the_stored_reference(case, train, scored, unscored, tmp_path):
+    """Step by step and in evaluation the same numbers as with stored log-probs, on rows that have never had any."""
+    flags = [*LORA, "--lora_dropout", "0", "--max_steps", "8", *OTHER_REDUCTIONS[case], "--eval_strategy", "steps", "--eval_steps", "4"]
+    stored = train(tmp_path / "stored", *flags, "--eval_data_path", str(scored))
+    data = ["--data_path", str(unscored), "--eval_data_path", str(unscored)]
+    state = train(tmp_path / "run", *flags, *data, "--reference", "adapter_disabled")
+    assert losses(state)[1] == pytest.approx(math.log(2), abs=1e-6)
+    assert min(losses(state).values()) < 0.66  # far from where a reference that follows the policy would stay
+    assert losses(state) == pytest.approx(losses(stored), abs=1e-5)
+    evaluations = [[entry for entry in each.log_history if "eval_loss" in entry] for each in (state, stored)]
+    assert len(evaluations[0]) == len(evaluations[1]) == 3
+    for ours, theirs in zip(*evaluations, strict=True):
+        for name in ("eval_loss", "eval_rewards/chosen", "eval_rewards/rejected", "eval_rewards/margins"):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-4 if name != "eval_loss" else 1e-5)
+    assert mean_chosen_logp(tmp_path / "run", scored) == pytest.approx(mean_chosen_logp(tmp_path / "stored", scored), abs=1e-3)
+
+
+def test_disabled_adapter_reads_no_stored_values(train, rows_and_reference, unscored, tmp_path):
+    """Values of another policy, without keys, and a list too short: nothing is refused, and the losses are as without them."""
+    rows, reference = rows_and_reference
+    wrong = [{**row, "ref_win_logp": -1.0, "ref_rej_per_token_logp": [-9.0], "logps_key": None} for row in rows]
+    flags = [*LORA, "--max_steps", "3", "--reference", "adapter_disabled", "--data_path"]
+    expected = losses(train(tmp_path / "plain", *flags, str(unscored)))
+    assert losses(train(tmp_path / "wrong", *flags, str(write_rows(tmp_path / "data", wrong, reference)))) == expected
+
+
+def test_resumed_run_keeps_the_base_as_its_reference(train, unscored, tmp_path):
+    flags = [*LORA, "--reference", "adapter_disabled", "--data_path", str(unscored), "--max_steps", "6", "--save_strategy", "steps"]
+    whole = losses(train(tmp_path / "whole", *flags, "--save_steps", "4"))
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
+    again = losses(train(tmp_path / "resumed", *flags, "--resume_from_checkpoint", "last"))
+    assert [again[step] for step in (5, 6)] == [whole[step] for step in (5, 6)]
+
+
+def test_disabled_adapter_in_bfloat16_starts_at_ln2(train, unscored, tmp_path):
+    flags = [*LORA, "--dtype", "bfloat16", "--data_path", str(unscored), "--max_steps", "2", "--lora_dropout", "0"]
+    by_step = losses(train(tmp_path / "run", *flags, "--reference", "adapter_disabled"))
+    assert by_step[1] == pytest.approx(math.log(2), abs=1e-6)  # the same forward twice, so that even bfloat16 agrees with itself
+    assert by_step[2] != pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.fixture(scope="module")
 def photos(load_recipe, samples, llama2_tokenizer_model, tmp_path_factory) -> tuple[Path, Path]:
     """A policy with LLaVA-1.5's tokenizer, image size and 576 image tokens, and 30 real rows scored with it."""
     folder = tmp_path_factory.mktemp("photos")
@@ -174,6 +197,15 @@ def test_real_rows_start_at_ln2_and_are_learnt(flags, photos, train, tmp_path):
 
 
 # --- what it refuses
+
+
+def test_disabled_adapter_needs_an_adapter(train, unscored, tmp_path):
+    with pytest.raises(ValueError, match="--reference adapter_disabled needs --lora_enable True"):
+        train(tmp_path / "run", "--data_path", str(unscored), "--reference", "adapter_disabled")
+    with pytest.raises(ValueError, match="--accept_foreign_logps True means nothing with --reference adapter_disabled"):
+        train(tmp_path / "run", *LORA, "--reference", "adapter_disabled", "--accept_foreign_logps", "True")
+    with pytest.raises(ValueError, match="stores no reference log-probs(.|\n)*or, with LoRA: --reference adapter_disabled"):
+        train(tmp_path / "run", *LORA, "--data_path", str(unscored))
 
 
 def test_data_without_log_probs_names_the_command_that_adds_them(train, tiny_rows_path, tiny_llava_path, tmp_path):
@@ -264,8 +296,9 @@ def _one_of_two(rank: int, port: int, main, flags: list[str], results) -> None:
     results.put((rank, wrapped, losses(state), [entry for entry in state.log_history if "eval_loss" in entry][-1]))
 
 
-def test_two_processes_equal_one(train, load_recipe, tiny_llava_path, scored, tmp_path):
-    flags = ["--max_steps", "4", "--learning_rate", "1e-4", "--eval_data_path", str(scored), "--per_device_eval_batch_size", "5"]
+@pytest.mark.parametrize("more", [[], [*LORA, "--lora_dropout", "0", "--reference", "adapter_disabled"]], ids=["full", "adapter disabled"])
+def test_two_processes_equal_one(more, train, load_recipe, tiny_llava_path, scored, tmp_path):
+    flags = ["--max_steps", "4", "--learning_rate", "1e-4", "--eval_data_path", str(scored), "--per_device_eval_batch_size", "5", *more]
     alone = train(tmp_path / "alone", *flags, "--per_device_train_batch_size", "4")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
