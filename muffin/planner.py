@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import LlavaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -250,7 +251,7 @@ def measure_rows(
     whole, computed, flops = [], [], []
     too_long = no_room = unreadable = 0
     longest: list[tuple[int, int, EncodedResponses]] = []
-    for position in spread_positions(len(dataset), SAMPLED_ROWS):
+    for position in tqdm(spread_positions(len(dataset), SAMPLED_ROWS), desc="rows of the plan", unit="row"):
         try:
             pair = dataset[position]
             encoded = adapter.encode(pair.image, pair.question, (pair.chosen, pair.rejected))
