@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import LlavaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -250,7 +251,7 @@ def measure_rows(
     whole, computed, flops = [], [], []
     too_long = no_room = unreadable = 0
     longest: list[tuple[int, int, EncodedResponses]] = []
-    for position in spread_positions(len(dataset), SAMPLED_ROWS):
+    for position in tqdm(spread_positions(len(dataset), SAMPLED_ROWS), desc="rows of the plan", unit="row"):
         try:
             pair = dataset[position]
             encoded = adapter.encode(pair.image, pair.question, (pair.chosen, pair.rejected))
@@ -385,7 +386,7 @@ def plan_report(
     options: PlanOptions,
 ) -> str:
     """The plan as text. Raises ValueError for an optimizer of unknown size, and when no row of the data can be used."""
-    _optimizer(args.optim)
+    _optimizer(args.optim.value)
     adapter = load_adapter(checkpoint, policy_options)
     own: Method = "QLoRA" if args.bits else "LoRA" if args.lora_enable else "full"
     policies = {method: empty_policy(checkpoint, adapter, method, args.dtype, model_options, lora_options) for method in METHODS}
@@ -423,7 +424,7 @@ def _weight_lines(
         f"parameters   {weights.total:,}, of which trained {weights.trainable:,}",
         f"weights      {_gb(weights.bytes)} GB",
         f"gradients    {_gb(4 * weights.trainable)} GB, in float32",
-        f"optimizer    {_gb(optimizer_bytes(weights.trained, args.optim))} GB, {args.optim.value}",
+        f"optimizer    {_gb(optimizer_bytes(weights.trained, args.optim.value))} GB, {args.optim.value}",
         f"activations  {_gb(steps[0].activations)} GB in a step on the longest pairs of the sample ({pairs} of them, {batch.num_tokens:,} "
         f"positions), {_gb(steps[1].activations)} GB with --activation_checkpointing True{copies}",
     ]
@@ -451,7 +452,9 @@ def _table_lines(
             continue
         accumulates = args.gradient_accumulation_steps > 1
         plain, checkpointed = (
-            memory_per_gpu(policy.weights, step, zero=stage, processes=options.plan_processes, optim=args.optim, accumulates=accumulates)
+            memory_per_gpu(
+                policy.weights, step, zero=stage, processes=options.plan_processes, optim=args.optim.value, accumulates=accumulates
+            )
             for step in steps[method]
         )
         line = f"{method:6} {stage:>4} {_gb(plain.weights):>8} {_gb(plain.optimizer):>9} {_gb(plain.buffers):>8}"

@@ -56,7 +56,7 @@ class LiveBytes(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
         self._gradients: set[int] = set()
         self._activation_bytes = self._gradient_bytes = 0
-        self._moments = {(0, 0): None}
+        self._moments = {(0, 0): None}  # distinct ones, in order
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
@@ -100,7 +100,7 @@ def step_memory(model: nn.Module, batch: PackedBatch, numerics: Numerics) -> Ste
     """Memory of a forward and backward of `model`, which may be real or without memory; gradients are set to None before and after."""
     model.zero_grad(set_to_none=True)
     tensors: list[Tensor] = []
-    map_tensors(batch, tensors.append)
+    map_tensors(batch, tensors.append)  # for what it visits
     live = LiveBytes([*model.parameters(), *model.buffers(), *tensors])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     hooks = [parameter.register_post_accumulate_grad_hook(live.gradient_is_ready) for parameter in trained]

@@ -8,7 +8,8 @@ Several GPUs: the same command behind `torchrun --nproc_per_node 8`. The data co
 policy are refused. LoRA can do without stored ones (--reference adapter_disabled), for one more forward per step. Killed: add
 --resume_from_checkpoint last.
 
-Before that, on any machine: --plan True --plan_processes 8 --gpu_memory_gb 80 prints whether it fits and how long it takes, and ends.
+Before that, on any machine and before scoring: --plan True --plan_processes 8 --gpu_memory_gb 80 prints whether it fits and how long it
+takes, and ends (with --deepspeed behind torchrun, one process is enough).
 
 Output: the model (LoRA: the adapter) with tokenizer and image processor, checkpoint-*/, options.json (every resolved option),
 trainer_state.json (all logged metrics), muffin_reference.json (the reference policy); with --merge_lora True also merged/.
@@ -57,7 +58,9 @@ def main(argv: list[str] | None = None) -> TrainerState | None:
     check_options(model_options, lora_options, args, checkpoint)
     if plan_options.plan:
         dataset = open_rows(data_options.data_path, data_options, data_options.max_rows)
-        print(plan_report(checkpoint, policy_options, dataset, model_options, lora_options, args, plan_options))
+        report = plan_report(checkpoint, policy_options, dataset, model_options, lora_options, args, plan_options)
+        if args.process_index == 0:
+            print(report)
         return None
     resume = checkpoint_to_resume(args)
     adapter = load_adapter(checkpoint, policy_options)
