@@ -64,6 +64,8 @@ OPTIMIZERS: dict[str, tuple[int, int]] = {
 
 @dataclass
 class PlanOptions:
+    """What --plan is made for."""
+
     plan: bool = field(
         default=False,
         metadata={"help": "Print whether training fits and how long it takes, and end: no weights are read, no file written."},
@@ -114,6 +116,7 @@ class Weights:
 
     @property
     def trainable(self) -> int:
+        """Number of trained parameters."""
         return sum(parameter.numbers for parameter in self.trained)
 
 
@@ -132,6 +135,7 @@ class Memory:
 
     @property
     def total(self) -> int:
+        """Bytes at the peak, everything together."""
         return self.weights + self.optimizer + self.step + self.buffers
 
     def fits(self, gpu_memory_gb: float) -> bool:
@@ -314,6 +318,7 @@ def steps_of_run(rows: int, *, batch_size: int, processes: int, accumulation: in
 
 
 def hours(teraflops_per_pair: float, pairs: float, *, processes: int, gpu_tflops: float) -> float:
+    """Hours of `pairs` pairs on all GPUs, each of which achieves `gpu_tflops` TFLOP/s."""
     return teraflops_per_pair * pairs / (processes * gpu_tflops) / 3600
 
 
@@ -340,6 +345,7 @@ class EmptyPolicy:
 
     @property
     def config(self) -> PreTrainedConfig:
+        """The model's own config."""
         return next(module for module in self.model.modules() if isinstance(module, PreTrainedModel)).config
 
 

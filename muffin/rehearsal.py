@@ -93,6 +93,7 @@ class LiveBytes(TorchDispatchMode):
 
     @property
     def memory(self) -> StepMemory:
+        """What was counted so far."""
         return StepMemory(tuple(self._moments))
 
 

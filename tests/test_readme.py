@@ -103,6 +103,15 @@ def test_seeds():
         assert cells == [*expected, f"{run['labeler']['accuracy']:.1f} / {run['labeler']['fpr']:.1f}"]
 
 
+def test_best_of_n():
+    found = json.loads((NUMBERS / "demo_benchmarks.json").read_text())
+    before, after = (found[name]["best_of_n"]["chair_s"] for name in ("before", "after"))
+    text = " ".join(README.split())
+    assert f"{before['random'][-1]:.1f} at random -> {before['reward_mean'][-1]:.1f} by the mean reward" in text
+    assert f"{after['random'][-1]:.1f} -> {after['reward_mean'][-1]:.1f}, where" in text
+    assert f"log-prob gives {after['policy_mean_logp'][-1]:.1f}" in text
+
+
 # --- the main job
 
 
