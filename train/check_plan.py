@@ -5,7 +5,8 @@
 A cell is a width, a number of layers, full or LoRA training, with or without activation checkpointing. Measured is the growth of resident
 memory from before the policy is built to the peak of three real steps: forward of a packed batch of pairs, DPO loss, backward, clipping,
 fused AdamW. Predicted is `muffin.planner.memory_per_gpu` of the rehearsed step, from the config alone. An error beyond 15 % in any cell
-ends the check with an error. Needs Linux.
+ends the check with an error. Needs Linux. What libraries keep for themselves, some 20 MB for any policy, is measured but not predicted,
+so the smallest cells come out too low.
 """
 
 import json
