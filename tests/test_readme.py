@@ -103,6 +103,12 @@ def test_seeds():
         assert cells == [*expected, f"{run['labeler']['accuracy']:.1f} / {run['labeler']['fpr']:.1f}"]
 
 
+def test_plan_against_measurements():
+    errors = [cell["error"] for cells in json.loads((NUMBERS / "plan.json").read_text()).values() for cell in cells]
+    assert "they are 1 to 12 % low" in " ".join(README.split())
+    assert round(100 * -max(errors)) == 1 and round(100 * -min(errors)) == 12
+
+
 def test_best_of_n():
     found = json.loads((NUMBERS / "demo_benchmarks.json").read_text())
     before, after = (found[name]["best_of_n"]["chair_s"] for name in ("before", "after"))
