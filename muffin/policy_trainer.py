@@ -117,7 +117,12 @@ class PolicyArguments(TrainingArguments):
         self.activation_checkpointing_kwargs = {**checkpointing, "use_reentrant": False}
 
     def _check_deepspeed(self) -> None:
-        """Raise ValueError for a configuration that saves no weights, or under which bfloat16 means something else than in scoring."""
+        """Raise ValueError for a configuration that clips unasked, saves no weights, or computes other log-probs than scoring."""
+        if "gradient_clipping" not in self.hf_deepspeed_config.config and self.max_grad_norm != 1.0:
+            raise ValueError(
+                f'--deepspeed {self.deepspeed} has no "gradient_clipping", so that accelerate clips gradients at 1.0 and not at '
+                f'--max_grad_norm {self.max_grad_norm}; write "gradient_clipping": "auto"'
+            )
         gathers = self.hf_deepspeed_config.is_true("zero_optimization.stage3_gather_16bit_weights_on_model_save")
         if self.hf_deepspeed_config.is_zero3() and not gathers:
             raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import set_seed
 
 from muffin.checkpoints import last_checkpoint
 from muffin.policies import Checkpoint, PolicyAdapter, load_policy, save_adapter
@@ -79,6 +80,7 @@ def build_policy(
     """The policy with what is to be trained marked as such: a LoRA adapter, or all weights but frozen ones."""
     policy = load_policy(checkpoint, adapter, dtype=args.numerics.load_dtype, bits=args.bits)
     if args.lora_enable:
+        set_seed(args.seed)  # here, because loading draws numbers, too, under ZeRO-3; the adapter starts the same under any engine
         name = model_options.model_name_or_path
         return add_lora(
             policy,

@@ -268,7 +268,8 @@ def trained_by_one_and_two(load_recipe, checkpoint: Path, rows: Path, folder: Pa
     load_recipe("eval/muffin_inference_logp.py").main(scoring)
     fixed = [*policy, "--data_path", str(folder / "scored"), "--max_steps", "3", "--lora_r", "4", "--lora_dropout", "0"]
     fixed += ["--logging_steps", "1", "--save_strategy", "no", "--disable_tqdm", "True", "--learning_rate", "1e-3"]
-    fixed += ["--lr_scheduler_type", "constant", "--max_grad_norm", "0", "--adam_epsilon", "1e-4"]
+    fixed += ["--lr_scheduler_type", "constant", "--max_grad_norm", "0"]
+    fixed += ["--adam_epsilon", "1e-4"]  # near the gradients, so that their scale shows in the weights
     alone = main([*fixed, "--output_dir", str(folder / "alone"), "--per_device_train_batch_size", "4"])
     command = [*fixed, "--output_dir", str(folder / "two"), "--per_device_train_batch_size", "2", *engine]
     results = in_two_processes(training, main, command)
@@ -296,7 +297,7 @@ def test_deepspeed_equals_one_process(stage: int, lora: bool, load_recipe, tiny_
     config = tmp_path / "zero.json"
     optimizer = {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}}
     settings = {"zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": stage == 3}}
-    settings |= {"zero_allow_untested_optimizer": True, "optimizer": optimizer}
+    settings |= {"zero_allow_untested_optimizer": True, "optimizer": optimizer, "gradient_clipping": "auto"}
     settings |= {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "train_batch_size": "auto"}
     config.write_text(json.dumps(settings))
     engine = ["--deepspeed", str(config)]
