@@ -14,19 +14,26 @@ import pytest
 from tests.conftest import ROOT
 from tests.test_engines import losses
 
-# Starts the command once per node, as srun does, and sends SIGUSR1 on to every process of the job step, as Slurm does.
+# Starts the command once per node, as srun does. As Slurm does, it sends SIGUSR1 on to every process of the job step, and kills those
+# that are left when the command has ended.
 SRUN = """
 import os, psutil, signal, subprocess, sys
 
 nodes = [subprocess.Popen(sys.argv[2:]) for _ in range(int(os.environ["SLURM_NNODES"]))]
+processes = []
 
 def send_on(number, frame):
     for node in nodes:
-        for process in [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]:
-            process.send_signal(number)
+        processes.extend([psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)])
+    for process in processes:
+        process.send_signal(number)
 
 signal.signal(signal.SIGUSR1, send_on)
-sys.exit(max(abs(node.wait()) for node in nodes))
+status = max(abs(node.wait()) for node in nodes)
+for process in processes:
+    if process.is_running():
+        process.kill()
+sys.exit(status)
 """
 SCONTROL = """
 import os, sys
