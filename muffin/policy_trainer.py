@@ -83,12 +83,15 @@ class PolicyArguments(TrainingArguments):
             raise ValueError("--output_dir is missing; name a folder for the run")
         if not torch.accelerator.is_available():
             self.use_cpu = True  # without it transformers refuses bfloat16 on a machine that has nothing but a CPU
+        if self.lora_enable and self.fsdp:  # transformers 5.23: peft's wrap policy, which accelerate's FSDP2 cannot read
+            raise ValueError(
+                "--fsdp contradicts --lora_enable True: transformers would gather the whole model at once, and refuses LLaVA; "
+                "leave --fsdp out, or use --deepspeed scripts/train/zero2.json"
+            )
         if self.use_cpu and self.fsdp:
             raise ValueError("--fsdp needs a GPU: on a CPU transformers ignores it without a word and runs DDP")
         if self.bits is not None and not self.lora_enable:
             raise ValueError(f"--bits {self.bits} needs --lora_enable True: quantised weights cannot be trained, an adapter on them can")
-        if self.bits is not None and self.fsdp:
-            raise ValueError(f"--fsdp cannot shard the weights of --bits {self.bits}, which are packed bytes; leave one of them out")
         autocast = self.numerics.autocast_dtype
         if self.bf16 and autocast is None:
             raise ValueError(
@@ -103,7 +106,7 @@ class PolicyArguments(TrainingArguments):
                 f"{self.n_gpu} GPUs are visible to one process; launch with `torchrun --nproc_per_node {self.n_gpu}` "
                 "or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
             )
-        if self.deepspeed and autocast is not None:
+        if self.deepspeed:
             self._check_deepspeed()
         if self.deepspeed and self.use_cpu:  # transformers starts gloo without telling DeepSpeed, which would load ZeRO-3 for one process
             import deepspeed
@@ -117,7 +120,20 @@ class PolicyArguments(TrainingArguments):
         self.activation_checkpointing_kwargs = {**checkpointing, "use_reentrant": False}
 
     def _check_deepspeed(self) -> None:
-        """Raise ValueError for a configuration under which bfloat16 means something else than in scoring."""
+        """Raise ValueError for a configuration that clips unasked, saves no weights, or computes other log-probs than scoring."""
+        if "gradient_clipping" not in self.hf_deepspeed_config.config and self.max_grad_norm != 1.0:
+            raise ValueError(
+                f'--deepspeed {self.deepspeed} has no "gradient_clipping", so that accelerate clips gradients at 1.0 and not at '
+                f'--max_grad_norm {self.max_grad_norm}; write "gradient_clipping": "auto"'
+            )
+        gathers = self.hf_deepspeed_config.is_true("zero_optimization.stage3_gather_16bit_weights_on_model_save")
+        if self.hf_deepspeed_config.is_zero3() and not gathers:
+            raise ValueError(
+                f'--deepspeed {self.deepspeed} is ZeRO-3, which saves no weights without "zero_optimization": '
+                '{"stage3_gather_16bit_weights_on_model_save": true}; add it, or use scripts/train/zero3.json'
+            )
+        if self.numerics.autocast_dtype is None:
+            return
         if not self.hf_deepspeed_config.is_true("torch_autocast.enabled"):
             raise ValueError(
                 f'--deepspeed {self.deepspeed}: --dtype bfloat16 wants "torch_autocast": {{"enabled": true, "dtype": "bfloat16"}} and '

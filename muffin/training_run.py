@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import set_seed
 
 from muffin.checkpoints import last_checkpoint
 from muffin.policies import Checkpoint, PolicyAdapter, load_policy, save_adapter
@@ -82,7 +83,7 @@ def build_policy(
 ) -> nn.Module:
     """The policy with what is to be trained marked as such: a LoRA adapter, or all weights but frozen ones."""
     policy = load_policy(checkpoint, adapter, dtype=args.numerics.load_dtype, bits=args.bits)
-    torch.manual_seed(args.seed)  # whatever loading drew (ZeRO-3 initialises first), so that every engine starts with one adapter
+    set_seed(args.seed)  # whatever loading drew (ZeRO-3 initialises first), so that every engine starts with one adapter
     return mark_trained(policy, adapter, model_options, lora_options, lora_enable=args.lora_enable)
 
 

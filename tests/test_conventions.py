@@ -438,7 +438,7 @@ def script_findings(
     if re.search(r"=\([^)]*--\w", script):
         findings.append("keeps flags in an array; write them on the command, where they are checked")
     commands = list(recipe_commands(script))
-    calls = re.findall(r"^\s*(scripts/\S+\.sh) (.*)$", script.replace("\\\n", " "), re.MULTILINE)
+    calls = re.findall(r"^\s*(?:srun .*)?(scripts/\S+\.sh) (.*?)(?: &)?$", script.replace("\\\n", " "), re.MULTILINE)
     findings += [f"calls {other}, which does not exist" for other, _ in calls if not (root / other).is_file()]
     if not any(words[-1:] == ["$@"] for _, words in [*commands, *((other, shlex.split(words)) for other, words in calls)]):
         findings.append('ends no recipe command with "$@"')
@@ -504,16 +504,18 @@ def test_script_check_finds_what_it_forbids(tmp_path):
             "train/dpo.py": "",
             "scripts/array.sh": head + 'flags=(\n  --x 1\n)\npython train/dpo.py "${flags[@]}" "$@"\n',
             "scripts/good.sh": head + good,
+            "scripts/job.sh": head + 'srun \\\n    scripts/good.sh "$@" &\nsrun scripts/lost.sh "$@"\n',
             "scripts/loose.sh": "python train/dpo.py --dpo_beta 0.1\npython train/gone.py\n",
             "scripts/more/unknown.sh": head + 'python train/dpo.py --model_name_or_path a --dpo_betta 0.1 --dpo_b 0.1 "$@"\n',
             "scripts/more/value.sh": head + 'python train/dpo.py --dpo_beta high "$@"\n',
         },
     )
-    array, good, loose, unknown, value = (
+    array, good, job, loose, unknown, value = (
         script_findings(tmp_path, script, lambda recipe: (ExampleRecipeOptions,)) for script in scripts(tmp_path)
     )
     assert [finding.partition(" ")[0] for finding in array] == ["keeps"]
     assert good == []
+    assert job == ["calls scripts/lost.sh, which does not exist"]
     assert [finding.partition(" ")[0] for finding in loose] == ["starts", "lacks", "ends", "calls"]
     assert unknown == ["passes --dpo_betta, which train/dpo.py does not have", "passes --dpo_b, which train/dpo.py does not have"]
     assert len(value) == 1 and "argument --dpo_beta" in value[0] and "'high'" in value[0]

@@ -375,6 +375,7 @@ def test_incomplete_checkpoints_are_passed_over(tmp_path):
         {"include_num_input_tokens_seen": True},
         {"prediction_loss_only": True},
         {"fsdp": "full_shard"},
+        {"fsdp": True, "lora_enable": True},
         {"activation_checkpointing_kwargs": {"use_reentrant": True}},
         {"dpo_beta": 0.0},
         {"dpo_label_smoothing": 0.5},
@@ -406,7 +407,18 @@ def no_deepspeed_left():
 
 def test_deepspeed_under_bfloat16_must_compute_as_scoring_does(no_deepspeed_left, tmp_path):
     with pytest.raises(ValueError, match="torch_autocast"):
-        arguments(tmp_path, dtype="bfloat16", deepspeed={"zero_optimization": {"stage": 2}})
-    autocast = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
-    with pytest.raises(ValueError, match="is ZeRO-3"):
-        arguments(tmp_path, dtype="bfloat16", lora_enable=True, deepspeed={"zero_optimization": {"stage": 3}, **autocast})
+        arguments(tmp_path, dtype="bfloat16", deepspeed={"zero_optimization": {"stage": 2}, "gradient_clipping": "auto"})
+    autocast = {"gradient_clipping": "auto", "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    stage3 = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+    with pytest.raises(ValueError, match="is ZeRO-3, which loads the base"):
+        arguments(tmp_path, dtype="bfloat16", lora_enable=True, deepspeed={"zero_optimization": stage3, **autocast})
+
+
+def test_deepspeed_clips_gradients_as_the_flag_says(no_deepspeed_left, tmp_path):
+    with pytest.raises(ValueError, match=r"clips gradients at 1.0 and not at --max_grad_norm 0.5"):
+        arguments(tmp_path, dtype="float32", max_grad_norm=0.5, deepspeed={"zero_optimization": {"stage": 2}})
+
+
+def test_zero3_must_save_its_weights(no_deepspeed_left, tmp_path):
+    with pytest.raises(ValueError, match="ZeRO-3, which saves no weights without"):
+        arguments(tmp_path, dtype="float32", deepspeed={"zero_optimization": {"stage": 3}, "gradient_clipping": "auto"})

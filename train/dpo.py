@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from accelerate.utils import broadcast_object_list
-from transformers import HfArgumentParser, TrainerState, set_seed
+from transformers import HfArgumentParser, TrainerState
 
 from muffin.pairs import PreferenceDataset, load_preferences, parse_column_map
 from muffin.planner import PlanOptions, plan_report
@@ -74,7 +74,6 @@ def main(argv: list[str] | None = None) -> TrainerState | None:
     eval_dataset = rows(data_options.eval_data_path, "eval", None) if data_options.eval_data_path else None
     save_options(args, model_options, policy_options, data_options, lora_options)
 
-    set_seed(args.seed)  # a LoRA adapter starts at random
     trainer = DPOTrainer(
         build_policy(checkpoint, adapter, model_options, lora_options, args),
         args,

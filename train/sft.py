@@ -13,7 +13,7 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser, TrainerState, set_seed
+from transformers import HfArgumentParser, TrainerState
 
 from muffin.pairs import load_demonstrations, parse_column_map
 from muffin.policies import PolicyOptions, load_adapter, resolve_checkpoint
@@ -47,7 +47,6 @@ def main(argv: list[str] | None = None) -> TrainerState:
     eval_dataset = load_demonstrations(data.eval_data_path, **columns) if data.eval_data_path else None
     save_options(args, model_options, policy_options, data, lora_options)
 
-    set_seed(args.seed)  # a LoRA adapter starts at random
     policy = build_policy(checkpoint, adapter, model_options, lora_options, args)
     trainer = SFTTrainer(policy, args, adapter, train_dataset, eval_dataset)
     trainer.train(resume_from_checkpoint=resume)

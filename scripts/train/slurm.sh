@@ -1,67 +1,43 @@
 #!/usr/bin/env bash
-# Full fine-tuning of LLaVA-1.5-7B under Slurm, as llava15_7b_full_nodes.sh, outliving the job's time limit: five minutes before the end Slurm
-# sends SIGUSR1, training saves at the end of its step, the job goes back into the queue and on from its last checkpoint.
-# One process per GPU is started by srun itself: torchrun would give its processes 30 seconds to save.
-# Hardware: edit the #SBATCH lines; 8 GPUs with 48 GB in all. Hours: not measured here, never run on a real cluster.
-# Expected: one loss curve over all restarts, starting at 0.6931 (ln 2).
-# Usage: sbatch scripts/train/slurm.sh MODEL SCORED_DATA OUTPUT [more flags], from the repository's folder
+# llava15_7b_full_nodes.sh as a Slurm job that outlives its time limit: 5 minutes before it, Slurm sends SIGUSR1 to this shell, which
+# hands it on; the run saves at the end of its step, is queued again, and goes on from there.
+# Hardware: 2 nodes with 4 GPUs of 80 GB each, as asked for below; adapt the #SBATCH lines (partition, account, memory) to the cluster.
+# Hours: not measured here; not run under Slurm, but with stand-ins for srun and scontrol.
+# Expected: as llava15_7b_full.sh, over as many jobs as it takes.
+# Usage, in the repository: sbatch scripts/train/slurm.sh MODEL SCORED_DATA OUTPUT [more flags]
 #SBATCH --job-name=muffin
 #SBATCH --nodes=2
-#SBATCH --ntasks-per-node=4
+#SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=4
-#SBATCH --cpus-per-task=8
-#SBATCH --time=12:00:00
-#SBATCH --requeue
+#SBATCH --cpus-per-task=32
+#SBATCH --time=24:00:00
 #SBATCH --signal=B:USR1@300
+#SBATCH --requeue
 #SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
 set -euo pipefail
 
 model=$1 data=$2 output=$3
 shift 3
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)  # reads all: a closed pipe would end this script
-export MASTER_ADDR MASTER_PORT=29500 WORLD_SIZE=$SLURM_NTASKS
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+host=${hosts%%$'\n'*}
+port=$((20000 + SLURM_JOB_ID % 10000))
+srun --kill-on-bad-exit=1 \
+    scripts/train/llava15_7b_full_nodes.sh \
+    "$SLURM_NNODES" "$SLURM_GPUS_PER_NODE" "$host:$port" "$model" "$data" "$output" \
+    --resume_from_checkpoint last \
+    "$@" &
+run=$!
+stopped=no
+trap 'stopped=yes; kill -USR1 "$run"' USR1 # srun sends it on to every node
 
-# exec: the process that gets the signal below is srun itself.
-train() {
-    # shellcheck disable=SC2016  # each task expands its own rank
-    exec srun bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$@"' task python train/dpo.py \
-        --model_name_or_path "$model" \
-        --data_path "$data" \
-        --output_dir "$output" \
-        --dtype bfloat16 \
-        --tf32 True \
-        --prompt_name llava_v1 \
-        --image_aspect_ratio pad \
-        --model_max_length 2048 \
-        --freeze_vision_tower True \
-        --dpo_beta 0.1 \
-        --per_device_train_batch_size 1 \
-        --gradient_accumulation_steps 1 \
-        --max_steps 2672 \
-        --learning_rate 5e-7 \
-        --lr_scheduler_type cosine \
-        --warmup_steps 0.05 \
-        --weight_decay 0.01 \
-        --activation_checkpointing True \
-        --deepspeed scripts/train/zero3.json \
-        --dataloader_num_workers 4 \
-        --save_strategy steps \
-        --save_steps 167 \
-        --save_total_limit 2 \
-        --logging_steps 5 \
-        --report_to tensorboard \
-        --resume_from_checkpoint last \
-        "$@"
-}
-
-# The signal comes to this shell; srun hands it on to all tasks, which save, exit with 138, and are waited for.
-requeue() {
-    kill -USR1 "$running"
-    wait "$running" || true
+status=0
+wait "$run" || status=$?
+if [[ $stopped == yes ]]; then # the signal ended that wait, while the run was still saving
+    status=0
+    wait "$run" || status=$?
+fi
+if [[ $stopped == yes && $status -ne 0 ]]; then
     scontrol requeue "$SLURM_JOB_ID"
-    exit 0
-}
-trap requeue USR1
-train "$@" &
-running=$!
-wait "$running"
+fi
+exit "$status"
