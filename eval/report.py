@@ -349,7 +349,7 @@ def best_of_n(material: Material) -> str:
 
 
 def gallery(material: Material) -> str:
-    file = need(material.sources.gallery, "before-after.png", "train/iterate.py writes it at its end (--run)")
+    file = need(material.sources.gallery, "before-after.png", "train/iterate.py writes it in the tiny image world (--run)")
     with Image.open(file) as image:
         shown = inline(encode(image, "PNG"), "png", "Held-out images with the answers before and after", image.width)
     return f'<div class="scroll">{shown}</div>'  # its letters would be too small on a phone
