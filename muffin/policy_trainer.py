@@ -132,9 +132,15 @@ class PolicyArguments(TrainingArguments):
                 f'--deepspeed {self.deepspeed} is ZeRO-3, which saves no weights without "zero_optimization": '
                 '{"stage3_gather_16bit_weights_on_model_save": true}; add it, or use scripts/train/zero3.json'
             )
+        autocast = self.hf_deepspeed_config.is_true("torch_autocast.enabled")
         if self.numerics.autocast_dtype is None:
+            if autocast:
+                raise ValueError(
+                    f'--deepspeed {self.deepspeed} has "torch_autocast" on, which computes in half precision under --dtype {self.dtype}, '
+                    "float32 here; remove that section, or give --dtype bfloat16"
+                )
             return
-        if not self.hf_deepspeed_config.is_true("torch_autocast.enabled"):
+        if not autocast:
             raise ValueError(
                 f'--deepspeed {self.deepspeed}: --dtype bfloat16 wants "torch_autocast": {{"enabled": true, "dtype": "bfloat16"}} and '
                 'no "bf16" section; DeepSpeed turns any other autocast off, and its own bf16 mode computes other log-probs than scoring'

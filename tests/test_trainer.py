@@ -419,6 +419,12 @@ def test_deepspeed_clips_gradients_as_the_flag_says(no_deepspeed_left, tmp_path)
         arguments(tmp_path, dtype="float32", max_grad_norm=0.5, deepspeed={"zero_optimization": {"stage": 2}})
 
 
+def test_deepspeed_computes_in_float32_when_asked_to(no_deepspeed_left, tmp_path):
+    autocast = {"gradient_clipping": "auto", "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    with pytest.raises(ValueError, match='has "torch_autocast" on, which computes in half precision under --dtype float32'):
+        arguments(tmp_path, dtype="float32", deepspeed={"zero_optimization": {"stage": 2}, **autocast})
+
+
 def test_zero3_must_save_its_weights(no_deepspeed_left, tmp_path):
     with pytest.raises(ValueError, match="ZeRO-3, which saves no weights without"):
         arguments(tmp_path, dtype="float32", deepspeed={"zero_optimization": {"stage": 3}, "gradient_clipping": "auto"})
