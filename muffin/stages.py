@@ -132,8 +132,15 @@ class Ledger:
                 f"{self.folder} holds stage {stage.name}, made with other flags:\n{changes}\nGive the flags it was made with, an empty "
                 f"folder, or --redo_changed True, which removes what {', '.join(later)} made and makes it again"
             )
+        outputs = {name: Path(self.stages[name]["output"]) for name in later}
+        if outside := [output for output in outputs.values() if not output.resolve().is_relative_to(self.folder.resolve())]:
+            raise ValueError(
+                f"{self.file} names {outside[0]}, which is not in this folder: the run was moved or copied. Nothing is "
+                "removed; move it back, or give an empty folder"
+            )
         for name in reversed(later):
-            remove(Path(self.stages.pop(name)["output"]))
+            self.stages.pop(name)
+            remove(outputs[name])
 
     def _finish(self, stage: Stage, seconds: float) -> None:
         self.stages[stage.name] |= {"seconds": round(seconds, 1), "sha256": hashes_of(stage.output)}

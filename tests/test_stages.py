@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,6 +112,16 @@ def test_other_flags_are_refused_or_made_again_with_all_that_followed(root: Path
     assert [calls(root, name) for name in ("first", "second", "third")] == [1, 1, 1]  # calls of the removed folders went with them
     assert (root / "run" / "second" / "rows.parquet").read_text() == "other"
     assert list(json.loads((root / "run" / "manifest.json").read_text())) == ["first", "second", "third"]
+
+
+def test_a_copied_run_never_removes_the_files_of_the_first(root: Path):
+    with ledger(root) as book:
+        book.run(stage(root, "first"))
+    shutil.copytree(root / "run", root / "copy")
+    copied = Ledger(root / "copy", root=root, environment=os.environ, redo_changed=True)
+    with copied as book, pytest.raises(ValueError, match="which is not in this folder: the run was moved or copied"):
+        book.run(stage(root, "first", text="other"))
+    assert (root / "run" / "first" / "rows.parquet").read_text() == "first"
 
 
 JOB = """
