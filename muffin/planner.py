@@ -12,10 +12,11 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlavaConfig, PreTrainedConfig, PreTrainedModel
@@ -25,10 +26,10 @@ from muffin.flops import forward_flops, packed_work, step_flops
 from muffin.packing import PackedBatch, pack
 from muffin.pairs import PreferenceDataset, RowError
 from muffin.policies import Checkpoint, EncodedResponses, PolicyAdapter, PolicyOptions, load_adapter
-from muffin.policy_trainer import PolicyArguments
 from muffin.provenance import Numerics, resolve_numerics
 from muffin.reference_gate import spread_positions
 from muffin.rehearsal import StepMemory, rehearse
+from muffin.trainer import DPOArguments
 from muffin.training_run import LoraOptions, ModelOptions, mark_trained
 
 Method = Literal["full", "LoRA", "QLoRA"]
@@ -66,10 +67,6 @@ OPTIMIZERS: dict[str, tuple[int, int]] = {
 class PlanOptions:
     """What --plan is made for."""
 
-    plan: bool = field(
-        default=False,
-        metadata={"help": "Print whether training fits and how long it takes, and end: no weights are read, no file written."},
-    )
     plan_processes: int = field(default=8, metadata={"help": "--plan: number of GPUs of the run, one process each."})
     gpu_memory_gb: float = field(default=80.0, metadata={"help": "--plan: memory of a GPU in GB of 1e9 bytes, such as 24, 40 or 80."})
     gpu_tflops: float = field(
@@ -223,7 +220,8 @@ class RowSample:
     rows: of the data set. whole: tokens of prompt and longer response, not cut. computed: positions of the pair in a packed row.
     too_long: rows beyond model_max_length, whose responses are cut; no_room: those of them whose prompt leaves no room for a response.
     unreadable: rows that cannot be read or encoded.
-    teraflops: mean TFLOP of a training step on the pair; None for families that muffin.flops does not know.
+    teraflops: mean TFLOP of a training step on the pair; None for families that muffin.flops does not know, whose
+        rehearsed step tells.
     longest: the step's batch of the longest pairs.
     """
 
@@ -246,11 +244,13 @@ def measure_rows(
     config: object,
     lora: bool,
     recomputes: bool,
+    reference_forward: bool = False,
 ) -> RowSample:
     """Encode at most SAMPLED_ROWS rows, evenly spread.
 
     adapter: one without a limit of its own; `model_max_length` is applied here. config: the model's; FLOPs are known for LlavaConfig.
-    recomputes: activation checkpointing, which costs a second forward of the decoder. Raises ValueError when no row can be used.
+    recomputes: activation checkpointing, which costs a second forward of the decoder. reference_forward: a forward more, for reference
+    log-probs that are not stored. Raises ValueError when no row can be used.
     """
     whole, computed, flops = [], [], []
     too_long = no_room = unreadable = 0
@@ -272,7 +272,7 @@ def measure_rows(
         batch = pack([encoded], adapter)
         computed.append(batch.num_tokens)
         if isinstance(config, LlavaConfig):
-            flops.append(training_flops(config, batch, lora=lora, recomputes=recomputes))
+            flops.append(training_flops(config, batch, lora=lora, recomputes=recomputes, reference_forward=reference_forward))
         heapq.heappush(longest, (batch.num_tokens, position, encoded))
         if len(longest) > batch_size:
             heapq.heappop(longest)
@@ -293,11 +293,14 @@ def measure_rows(
     )
 
 
-def training_flops(config: LlavaConfig, batch: PackedBatch, *, lora: bool, recomputes: bool) -> int:
-    """FLOPs of a training step, with the decoder's second forward under activation checkpointing."""
+def training_flops(config: LlavaConfig, batch: PackedBatch, *, lora: bool, recomputes: bool, reference_forward: bool = False) -> int:
+    """FLOPs of a training step, with the decoder's second forward under activation checkpointing and the reference's where it has one."""
     work = packed_work(batch)
     again = forward_flops(config, work)
-    return step_flops(config, work, "lora" if lora else "full") + (again.linears + again.attention if recomputes else 0)
+    recomputed = again.linears + again.attention if recomputes else 0
+    return (
+        step_flops(config, work, "lora" if lora else "full") + recomputed + (step_flops(config, work, "score") if reference_forward else 0)
+    )
 
 
 def percentiles(values: Sequence[int]) -> dict[str, int]:
@@ -315,6 +318,12 @@ def steps_of_run(rows: int, *, batch_size: int, processes: int, accumulation: in
         return max_steps
     batches = math.ceil(rows / (batch_size * processes))
     return math.ceil(epochs * math.ceil(batches / accumulation))
+
+
+def rehearsed_teraflops(sample: RowSample, step: StepMemory, args: DPOArguments) -> float:
+    """Mean TFLOP of a pair of the sample out of a step on its longest pairs, by positions; attention's own products are left out."""
+    flops = step.flops + (step.forward_flops if args.reference == "adapter_disabled" else 0)
+    return flops / sample.longest.num_tokens * sum(sample.computed) / len(sample.computed) / 1e12
 
 
 def hours(teraflops_per_pair: float, pairs: float, *, processes: int, gpu_tflops: float) -> float:
@@ -363,10 +372,11 @@ def empty_policy(
     return EmptyPolicy(model.train(), count_weights(model, quantised), numerics)
 
 
-def rehearse_both(policy: EmptyPolicy, batch: PackedBatch) -> tuple[StepMemory, StepMemory]:
-    """A step on a GPU without activation checkpointing, and with it; the policy is used up."""
+def rehearse_both(policy: EmptyPolicy, batch: PackedBatch, checkpointing: Mapping[str, Any]) -> tuple[StepMemory, StepMemory]:
+    """A step on a GPU without activation checkpointing, and with it (--activation_checkpointing_kwargs); the policy is used up."""
     plain = rehearse(policy.model, batch, policy.numerics, "cuda")
-    policy.model.activation_checkpointing_enable({"use_reentrant": False})
+    every_n_layers = checkpointing.get("every_n_layers", 1)
+    policy.model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every_n_layers)
     return plain, rehearse(policy.model, batch, policy.numerics, "cuda")
 
 
@@ -375,10 +385,10 @@ def refuses_zero3(method: Method, numerics: Numerics) -> bool:
     return method != "full" and numerics.autocast_dtype is not None
 
 
-def zero_stage(args: PolicyArguments) -> int:
+def zero_stage(args: DPOArguments) -> int:
     """Stage of --deepspeed; --fsdp shards as stage 3 does; 0 without either."""
     if args.deepspeed:
-        return int(args.hf_deepspeed_config.get_value("zero_optimization.stage", 0))
+        return int(HfDeepSpeedConfig(args.deepspeed).get_value("zero_optimization.stage", 0))
     return 3 if args.fsdp else 0
 
 
@@ -388,7 +398,7 @@ def plan_report(
     dataset: PreferenceDataset,
     model_options: ModelOptions,
     lora_options: LoraOptions,
-    args: PolicyArguments,
+    args: DPOArguments,
     options: PlanOptions,
 ) -> str:
     """The plan as text. Raises ValueError for an optimizer of unknown size, and when no row of the data can be used."""
@@ -404,13 +414,20 @@ def plan_report(
         config=policies[own].config,
         lora=own != "full",
         recomputes=bool(args.activation_checkpointing),
+        reference_forward=args.reference == "adapter_disabled",
     )
-    steps = {"full": rehearse_both(policies["full"], sample.longest), "LoRA": rehearse_both(policies["LoRA"], sample.longest)}
+    kwargs = args.activation_checkpointing_kwargs
+    steps = {method: rehearse_both(policies[method], sample.longest, kwargs) for method in ("full", "LoRA")}
     same = policies["LoRA"].numerics.load_dtype == policies["QLoRA"].numerics.load_dtype  # then the two keep the same activations
-    steps["QLoRA"] = steps["LoRA"] if same else rehearse_both(policies["QLoRA"], sample.longest)
+    steps["QLoRA"] = steps["LoRA"] if same else rehearse_both(policies["QLoRA"], sample.longest, kwargs)
     lines = _weight_lines(own, policies[own], steps[own], args, sample.longest)
     lines += ["", *_table_lines(own, policies, steps, args, options)]
-    lines += ["", *_row_lines(sample, adapter.model_max_length), "", *_time_lines(sample, args, options)]
+    lines += [
+        "",
+        *_row_lines(sample, adapter.model_max_length),
+        "",
+        *_time_lines(sample, steps[own][bool(args.activation_checkpointing)], args, options),
+    ]
     return "\n".join(lines)
 
 
@@ -419,7 +436,7 @@ def _gb(size: float) -> str:
 
 
 def _weight_lines(
-    own: Method, policy: EmptyPolicy, steps: tuple[StepMemory, StepMemory], args: PolicyArguments, batch: PackedBatch
+    own: Method, policy: EmptyPolicy, steps: tuple[StepMemory, StepMemory], args: DPOArguments, batch: PackedBatch
 ) -> list[str]:
     weights, numerics = policy.weights, policy.numerics
     autocast = f", forward in {numerics.autocast_dtype}" if numerics.autocast_dtype else ""
@@ -440,7 +457,7 @@ def _table_lines(
     own: Method,
     policies: Mapping[Method, EmptyPolicy],
     steps: Mapping[Method, tuple[StepMemory, StepMemory]],
-    args: PolicyArguments,
+    args: DPOArguments,
     options: PlanOptions,
 ) -> list[str]:
     """A line per method and stage of ZeRO, with and without activation checkpointing."""
@@ -454,7 +471,8 @@ def _table_lines(
     for method, stage in product(METHODS, sorted({*ZERO_STAGES, own_stage})):
         policy = policies[method]
         if stage == 3 and not args.fsdp and refuses_zero3(method, policy.numerics):
-            lines.append(f"{method:6} {stage:>4} refused: ZeRO-3 would hold the base in float32")
+            mark = "  <- these flags" if (method, stage) == (own, own_stage) else ""
+            lines.append(f"{method:6} {stage:>4} refused: ZeRO-3 would hold the base in float32{mark}")
             continue
         accumulates = args.gradient_accumulation_steps > 1
         plain, checkpointed = (
@@ -472,7 +490,7 @@ def _table_lines(
         lines.append(line.rstrip())
     if args.fsdp:
         lines.append("--fsdp is counted as ZeRO-3")
-    if args.deepspeed and args.hf_deepspeed_config.is_offload():
+    if args.deepspeed and HfDeepSpeedConfig(args.deepspeed).is_offload():
         lines.append(f"what --deepspeed {args.deepspeed} offloads to the CPU is counted on the GPU here")
     return lines
 
@@ -493,7 +511,7 @@ def _row_lines(sample: RowSample, model_max_length: int) -> list[str]:
     ]
 
 
-def _time_lines(sample: RowSample, args: PolicyArguments, options: PlanOptions) -> list[str]:
+def _time_lines(sample: RowSample, step: StepMemory, args: DPOArguments, options: PlanOptions) -> list[str]:
     steps = steps_of_run(
         sample.rows,
         batch_size=args.per_device_train_batch_size,
@@ -505,11 +523,10 @@ def _time_lines(sample: RowSample, args: PolicyArguments, options: PlanOptions) 
     per_step = args.per_device_train_batch_size * options.plan_processes * args.gradient_accumulation_steps
     pairs = steps * per_step if args.max_steps > 0 else sample.rows * args.num_train_epochs
     line = f"steps        {steps:,} of {per_step} pairs"
-    if sample.teraflops is None:
-        return [line, "time         unknown: FLOPs are counted for LLaVA-shaped models only"]
-    taken = hours(sample.teraflops, pairs, processes=options.plan_processes, gpu_tflops=options.gpu_tflops)
+    teraflops = rehearsed_teraflops(sample, step, args) if sample.teraflops is None else sample.teraflops
+    taken = hours(teraflops, pairs, processes=options.plan_processes, gpu_tflops=options.gpu_tflops)
     return [
         line,
-        f"time         {sample.teraflops:.3g} TFLOP per pair; {taken:.2g} hours on {options.plan_processes} GPUs that achieve "
+        f"time         {teraflops:.3g} TFLOP per pair; {taken:.2g} hours on {options.plan_processes} GPUs that achieve "
         f"{options.gpu_tflops:g} TFLOP/s each (--gpu_tflops), reading data and talking between GPUs not counted",
     ]

@@ -58,6 +58,10 @@ class PolicyArguments(TrainingArguments):
         "prediction_loss_only": ((False,), "eval metrics come from the same forward as the loss"),
     }
 
+    plan = False  # DPO's arguments make it an option
+    # What transformers can only take in on the hardware it asks for.
+    GPU_FLAGS: ClassVar[tuple[str, ...]] = ("deepspeed", "fsdp", "fsdp_config", "tf32")
+
     dtype: Literal["auto", "bfloat16", "float32"] = field(
         default="auto",
         metadata={
@@ -88,10 +92,14 @@ class PolicyArguments(TrainingArguments):
                 "--fsdp contradicts --lora_enable True: transformers would gather the whole model at once, and refuses LLaVA; "
                 "leave --fsdp out, or use --deepspeed scripts/train/zero2.json"
             )
-        if self.use_cpu and self.fsdp:
+        planned = self.plan and self.use_cpu  # a run on GPUs is planned on a machine without one
+        if self.use_cpu and self.fsdp and not planned:
             raise ValueError("--fsdp needs a GPU: on a CPU transformers ignores it without a word and runs DDP")
         if self.bits is not None and not self.lora_enable:
             raise ValueError(f"--bits {self.bits} needs --lora_enable True: quantised weights cannot be trained, an adapter on them can")
+        if planned:
+            self._plan_for_gpus()
+            return
         autocast = self.numerics.autocast_dtype
         if self.bf16 and autocast is None:
             raise ValueError(
@@ -101,6 +109,7 @@ class PolicyArguments(TrainingArguments):
         self.remove_unused_columns = False  # True would empty rows that are no dicts
         self.logging_nan_inf_filter = False  # True hides what must stop the run
         super().__post_init__()
+        self._refuse_reentrant_checkpointing()
         if self.n_gpu > 1:
             raise ValueError(
                 f"{self.n_gpu} GPUs are visible to one process; launch with `torchrun --nproc_per_node {self.n_gpu}` "
@@ -112,6 +121,17 @@ class PolicyArguments(TrainingArguments):
             import deepspeed
 
             deepspeed.init_distributed(dist_backend="gloo")
+
+    def _plan_for_gpus(self) -> None:
+        """Keep what only GPUs understand as it was given; nothing of it runs."""
+        given = {name: getattr(self, name) for name in self.GPU_FLAGS}
+        self.deepspeed = self.fsdp = self.fsdp_config = self.tf32 = None
+        self.bf16 = False
+        super().__post_init__()
+        vars(self).update(given)
+        self._refuse_reentrant_checkpointing()
+
+    def _refuse_reentrant_checkpointing(self) -> None:
         checkpointing = dict(self.activation_checkpointing_kwargs or {})
         if checkpointing.get("use_reentrant"):
             raise ValueError(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
 
 from muffin.attention import packed_attention, stand_in_kernel
 from muffin.logps import response_logps
@@ -26,15 +27,21 @@ from muffin.provenance import Numerics
 
 Device = Literal["cpu", "cuda"]
 
+# Operations whose FLOPs count. Attention's are left out: its kernels differ between machines, and it has a few per cent of the whole.
+PRODUCTS = {getattr(torch.ops.aten, name) for name in ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")}
+
 
 @dataclass(frozen=True)
 class StepMemory:
     """Live bytes of forward and backward beyond the weights, at every moment at which they grew.
 
     moments: (activations, gradients); gradients are those of finished parameters, activations everything else.
+    forward_flops, flops: of the matrix products (PRODUCTS) of the forward, and of the whole step, recomputed ones included.
     """
 
     moments: tuple[tuple[int, int], ...]
+    forward_flops: int = 0
+    flops: int = 0
 
     @property
     def activations(self) -> int:
@@ -57,9 +64,12 @@ class LiveBytes(TorchDispatchMode):
         self._gradients: set[int] = set()
         self._activation_bytes = self._gradient_bytes = 0
         self._moments = {(0, 0): None}  # distinct ones, in order
+        self.flops = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
+        if func.overloadpacket in PRODUCTS:
+            self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=output)
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())
@@ -92,9 +102,9 @@ class LiveBytes(TorchDispatchMode):
             self._moments[self._activation_bytes, self._gradient_bytes] = None
 
     @property
-    def memory(self) -> StepMemory:
-        """What was counted so far."""
-        return StepMemory(tuple(self._moments))
+    def moments(self) -> tuple[tuple[int, int], ...]:
+        """What was counted so far, as in `StepMemory`."""
+        return tuple(self._moments)
 
 
 def step_memory(model: nn.Module, batch: PackedBatch, numerics: Numerics) -> StepMemory:
@@ -108,11 +118,12 @@ def step_memory(model: nn.Module, batch: PackedBatch, numerics: Numerics) -> Ste
     with packed_attention(model) if batch.layout is not None else nullcontext(), live:
         with numerics.autocast("cpu"):
             logps = response_logps(model, batch)
+        forward_flops = live.flops
         logps.sums.sum().backward()
     for hook in hooks:
         hook.remove()
     model.zero_grad(set_to_none=True)
-    return live.memory
+    return StepMemory(live.moments, forward_flops, live.flops)
 
 
 class _WithoutMemory(TorchDispatchMode):

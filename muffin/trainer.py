@@ -44,6 +44,10 @@ LOGGED_PAIRS = 4
 class DPOArguments(PolicyArguments):
     """Options of DPO."""
 
+    plan: bool = field(
+        default=False,
+        metadata={"help": "Print whether training fits and how long it takes, and end: no weights are read, no file written."},
+    )
     learning_rate: float = field(default=5e-7, metadata={"help": "Peak learning rate; usually 5e-7 (full) or 1e-5 (LoRA)."})
     dpo_beta: float = field(default=0.1, metadata={"help": "Strength of the pull towards the reference, usually 0.05 to 0.5."})
     loss_type: Literal["sigmoid", "ipo"] = field(default="sigmoid", metadata={"help": "DPO, or IPO (there beta is the paper's tau)."})

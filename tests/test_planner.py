@@ -6,7 +6,8 @@ from bitsandbytes.nn import Linear4bit
 from torch import nn
 from transformers import LlavaConfig
 
-from muffin.flops import Work, forward_flops, step_flops
+from muffin.flops import Work, forward_flops, packed_work, step_flops
+from muffin.packing import pack
 from muffin.pairs import load_preferences
 from muffin.planner import (
     NO_LIMIT,
@@ -23,10 +24,13 @@ from muffin.planner import (
     percentiles,
     quantised_matrices,
     steps_of_run,
+    training_flops,
 )
 from muffin.policies import Checkpoint, PolicyOptions, encode_pair, load_adapter, load_policy
 from muffin.rehearsal import StepMemory
 from muffin.training_run import LoraOptions, ModelOptions
+from tests.test_flops import TINY
+from tests.tiny_decoders import SHARING, prompt
 
 # 1,000 weights of 4 bytes, 900 of them trained; activations grow to 700 bytes, gradients arrive as they shrink.
 WEIGHTS = Weights(total=1000, bytes=4000, trained=(Trained(600, embedding=False), Trained(300, embedding=True)))
@@ -191,6 +195,14 @@ def test_rows_are_measured_whole_and_computed_cut(tiny_llava_path, tiny_rows_pat
         again = forward_flops(config, work)
         flops.append(step_flops(config, work, "lora") + again.linears + again.attention)
     assert sample.teraflops == pytest.approx(sum(flops) / len(flops) / 1e12, rel=1e-9)
+
+
+def test_flops_of_a_reference_by_another_forward():
+    config, batch = TINY, pack([prompt([[11, 12, 13], [14, 15]])], SHARING)
+    stored = training_flops(config, batch, lora=True, recomputes=False)
+    work = packed_work(batch)
+    assert stored == step_flops(config, work, "lora")
+    assert training_flops(config, batch, lora=True, recomputes=False, reference_forward=True) == stored + step_flops(config, work, "score")
 
 
 def test_no_usable_row_is_an_error(tiny_llava_path, tiny_rows_path):

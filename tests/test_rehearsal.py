@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers import LlavaConfig
 
+from muffin.flops import forward_flops, packed_work, step_flops
 from muffin.packing import pack
 from muffin.pairs import load_preferences
 from muffin.policies import PolicyOptions, encode_pair, load_adapter, load_policy, resolve_checkpoint
@@ -53,6 +54,22 @@ def test_a_rehearsal_counts_what_the_real_step_takes(lora, dtype, checkpointing,
     assert rehearse(rehearsed, batch, numerics, "cpu") == step_memory(real, batch, numerics)
 
 
+def test_flops_are_those_of_the_formula(world):
+    """Those of muffin.flops, but for attention's products and a gradient that the projector hands to the frozen tower."""
+    folder, adapter, batch = world
+    numerics = resolve_numerics(dtype="bfloat16", bits=None, lora_enable=False, device_type="cpu")
+    rehearsed = prepared(empty(adapter, folder, torch.float32), adapter, lora=False, checkpointing=False)
+    config, work = rehearsed.config, packed_work(batch)
+    step = rehearse(rehearsed, batch, numerics, "cuda")
+    tower, width = config.vision_config, config.text_config.hidden_size
+    patches = (tower.image_size // tower.patch_size) ** 2
+    tower_attention = 4 * work.images * tower.num_hidden_layers * (patches + 1) ** 2 * tower.hidden_size
+    to_the_tower = 2 * work.images * patches * tower.hidden_size * width
+    attention = forward_flops(config, work).attention
+    assert step.forward_flops == step_flops(config, work, "score") - attention - tower_attention
+    assert step.flops == step_flops(config, work, "full") - 3 * attention - tower_attention - to_the_tower
+
+
 def test_live_bytes_of_a_matrix_product():
     """y = relu(x w): worked out by hand, 2 x 3 times 3 x 4, float32."""
     x, w = torch.ones(2, 3), torch.ones(3, 4, requires_grad=True)
@@ -62,9 +79,9 @@ def test_live_bytes_of_a_matrix_product():
         (x @ w).relu().sum().backward()
     # forward: product 32, relu 32 beside it; then the product is let go (relu's backward keeps its output), sum 4
     # backward: ones 4 (their expansion is a view), gradient of relu 32, relu's output let go, gradient of w 48
-    before = [activations for activations, gradients in live.memory.moments if gradients == 0]
+    before = [activations for activations, gradients in live.moments if gradients == 0]
     assert before == [0, 32, 64, 32 + 4, 32 + 4 + 4, 32 + 4 + 4 + 32, 4 + 4 + 32 + 48]
-    assert live.memory.moments[-1][1] == 48
+    assert live.moments[-1][1] == 48
 
 
 def test_step_memory_shares_gradients():

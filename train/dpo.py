@@ -54,9 +54,9 @@ def main(argv: list[str] | None = None) -> TrainerState | None:
         args=argv, look_for_args_file=False
     )
     logging.basicConfig(level=logging.INFO if args.process_index == 0 else logging.ERROR, format="%(name)s: %(message)s")
-    checkpoint = resolve_checkpoint(model_options.model_name_or_path, weights=not plan_options.plan)
+    checkpoint = resolve_checkpoint(model_options.model_name_or_path, weights=not args.plan)
     check_options(model_options, lora_options, args, checkpoint)
-    if plan_options.plan:
+    if args.plan:
         dataset = open_rows(data_options.data_path, data_options, data_options.max_rows)
         report = plan_report(checkpoint, policy_options, dataset, model_options, lora_options, args, plan_options)
         if args.process_index == 0:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
+from tests.policies.tiny_families import FAMILIES
 from tests.scored import scored_rows, write_rows
 from tests.tiny import write_parquet
 
@@ -68,6 +70,39 @@ def test_flags_choose_the_row_and_memory_the_verdict(plan):
     assert lines[0] == "QLoRA training, weights in nf4, forward in bfloat16"
     lines = plan("--dtype", "float32", "--lora_enable", "True")
     assert [each.split()[:2] for each in lines if "refused" in each] == [["QLoRA", "3"]]  # a float32 base may be sharded
+
+
+@pytest.mark.parametrize(
+    "flags, marked",
+    [
+        (["--tf32", "True", "--deepspeed", "scripts/train/zero2.json"], "full      2"),
+        (["--deepspeed", "scripts/train/zero3.json"], "full      3"),
+        (["--fsdp", "True", "--fsdp_config", "scripts/train/fsdp2.json"], "full      3"),
+        (["--lora_enable", "True", "--deepspeed", "scripts/train/zero3.json"], "LoRA      3 refused"),
+    ],
+)
+def test_flags_for_gpus_are_planned_without_one(flags, marked, plan):
+    flags = [str(ROOT / flag) if flag.startswith("scripts/") else flag for flag in flags]
+    lines = plan("--use_cpu", "True", "--dtype", "bfloat16", *flags)
+    assert "<- these flags" in line(lines, marked)
+
+
+def test_checkpointing_every_other_layer_keeps_more(plan):
+    def step_gb(*flags: str) -> float:
+        return float(line(plan("--activation_checkpointing", "True", *flags), "full      2").split()[9])
+
+    assert step_gb("--activation_checkpointing_kwargs", '{"every_n_layers": 2}') > step_gb()
+
+
+def test_every_family_has_a_time(plan, rows, tmp_path):
+    """Qwen2.5-VL, whose FLOPs no formula gives, by the rehearsed step; a reference by another forward takes longer."""
+    folder = FAMILIES["qwen25vl"].build(tmp_path / "qwen")
+
+    def teraflops(*flags: str) -> float:
+        return float(line(plan("--model_name_or_path", str(folder), "--lora_enable", "True", *flags), "time").split()[1])
+
+    # with frozen weights: forward, and backward to the inputs; the vision tower forward only
+    assert 1.3 < teraflops("--reference", "adapter_disabled") / teraflops() <= 1.6
 
 
 def test_the_step_count_is_the_runs(plan, load_recipe, tiny_llava_path, rows, tmp_path):
