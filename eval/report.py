@@ -31,7 +31,7 @@ from PIL import Image
 from transformers import HfArgumentParser
 
 from muffin import figures, inspection
-from muffin.pairs import PreferenceDataset, PreferencePair, parse_column_map
+from muffin.pairs import PreferenceDataset, PreferencePair, load_prompts, parse_column_map
 from muffin.policies import PolicyAdapter
 from muffin.provenance import write_atomically
 
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> list[str]:
     (options,) = HfArgumentParser(OPTIONS).parse_args_into_dataclasses(args=argv, look_for_args_file=False)
     sources = find_sources(options)
     material = Material(sources, options)
-    title = f"Rewards of {Path(options.run).resolve().name}" if options.run else "Rewards"
+    title = f"Run {Path(options.run).resolve().name}" if options.run else "Rewards"
     sections, left_out = [], {}
     for panel in PANELS:
         try:
@@ -102,7 +102,10 @@ def main(argv: list[str] | None = None) -> list[str]:
 
 @dataclass(frozen=True)
 class Sources:
-    """Files and folders by what they hold; None for what there is not. policies: name -> folder, in order of training."""
+    """Files and folders by what they hold; None for what there is not.
+
+    policies: name -> folder, in order of training. evaluations: judged answers about the held-out images, in order of rounds.
+    """
 
     policies: dict[str, Path]
     scored: Path | None
@@ -114,6 +117,7 @@ class Sources:
     best_of_n: Path | None
     results: Path | None
     gallery: Path | None
+    evaluations: tuple[Path, ...]
 
 
 def find_sources(options: ReportOptions) -> Sources:
@@ -143,6 +147,7 @@ def find_sources(options: ReportOptions) -> Sources:
         best_of_n=find(options.best_of_n, run, "best_of_n/best_of_n.json"),
         results=find(None, run, "results.json"),
         gallery=find(None, run, "before-after.png"),
+        evaluations=tuple(inspection.judged_evaluations(run)) if run else (),
     )
 
 
@@ -349,10 +354,32 @@ def best_of_n(material: Material) -> str:
 
 
 def gallery(material: Material) -> str:
-    file = need(material.sources.gallery, "before-after.png", "train/iterate.py writes it in the tiny image world (--run)")
-    with Image.open(file) as image:
-        shown = inline(encode(image, "PNG"), "png", "Held-out images with the answers before and after", image.width)
-    return f'<div class="scroll">{shown}</div>'  # its letters would be too small on a phone
+    """The tiny world's picture, where the truth marks what is wrong; else the answers with the labeler's verdicts."""
+    if (file := material.sources.gallery) is not None:
+        with Image.open(file) as image:
+            shown = inline(encode(image, "PNG"), "png", "Held-out images with the answers before and after", image.width)
+        return f'<div class="scroll">{shown}</div>'  # its letters would be too small on a phone
+    folders = material.sources.evaluations
+    if len(folders) < 2:
+        raise ValueError("no answers about held-out images; train/iterate.py makes them with --heldout_images above 0 (--run)")
+    first, last = (inspection.read_rows(folder) for folder in (folders[0], folders[-1]))
+    prompts = load_prompts(folders[0])
+    cards = []
+    for number, (before, after) in enumerate(zip(first, last, strict=True)):
+        if number == material.options.max_pairs:
+            break
+        if before["failure"] or after["failure"]:
+            continue
+        answers = [
+            f'<h4>{name}</h4><p class="answer">{" ".join(map(claim_html, inspection.claims_of(row)))}</p>'
+            for name, row in (("before", before), ("after", after))
+        ]
+        prompt = prompts[number]
+        cards.append(
+            f'<article><div class="pair">{thumbnail(prompt.image)}<div><p class="question">{text(prompt.question)}</p>'
+            f"{''.join(answers)}</div></div></article>"
+        )
+    return "".join(cards)
 
 
 PANELS = (
@@ -400,7 +427,11 @@ PANELS = (
         checkpoints,
     ),
     Panel("Best of N", "What is gained by drawing N answers and keeping the one that a selector prefers.", best_of_n),
-    Panel("Before and after", "Held-out images with both answers, wrong statements marked.", gallery),
+    Panel(
+        "Before and after",
+        "Held-out images with both answers; struck through is what the truth, or on own images the labeler, rejects.",
+        gallery,
+    ),
 )
 
 
@@ -426,7 +457,8 @@ def reward_numbers(material: Material) -> Iterator[list[Any]]:
 
 def labeler_numbers(material: Material) -> Iterator[list[Any]]:
     claims = material.claims
-    yield ["claims judged, accepted", f"{len(claims)}, {100 * claims.accepted.mean():.1f} %"]
+    yield ["claims judged", len(claims)]
+    yield ["claims accepted", f"{100 * claims.accepted.mean():.1f} %"]
     if "truth" in claims:
         asked = claims.dropna(subset="p_yes")
         right = 100 * (claims.accepted == claims.truth).mean()

@@ -67,3 +67,14 @@ def choose(start: Measured, candidates: Sequence[Measured], min_capability: floa
     if kept:
         return min(kept, key=lambda each: (each.hallucination, -each.capability))  # the first of equals
     return max(candidates, key=lambda each: each.capability)
+
+
+def doubt(start: Measured, chosen: Measured, min_capability: float) -> str | None:
+    """What is wrong with going on from `chosen`, for a warning; None where it is better than the round's start."""
+    if (chosen.hallucination, chosen.capability) == (start.hallucination, start.capability):
+        return "measures exactly as the round's start: nothing visible was learnt; take more images, more steps or a higher learning rate"
+    if chosen.capability < min_capability * start.capability:
+        return f"is the most capable checkpoint and keeps less than {min_capability:g} of the start's capability: lower the learning rate"
+    if chosen.hallucination >= start.hallucination:
+        return f"hallucinates no less than the round's start ({chosen.hallucination:.2f}, start {start.hallucination:.2f})"
+    return None

@@ -41,6 +41,12 @@ def last_round(run: str | Path) -> Path:
     return rounds[max(rounds)]
 
 
+def judged_evaluations(run: str | Path) -> list[Path]:
+    """Folders of judged answers about the held-out images in a run of train/iterate.py on own images, in order of rounds."""
+    found = [folder for folder in Path(run).glob("evaluation-*/judged") if folder.parent.name.removeprefix("evaluation-").isdecimal()]
+    return sorted(found, key=lambda folder: int(folder.parent.name.removeprefix("evaluation-")))
+
+
 def read_rows(folder: str | Path) -> list[Row]:
     """All rows of a folder of Parquet files, without their images and log-probs."""
     table = load_prompts(folder).table

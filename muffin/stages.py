@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
@@ -95,9 +95,13 @@ class Ledger:
             for stage, process in zip(todo, processes, strict=True):
                 if process.wait() != 0:
                     raise SystemExit(
-                        f"stage {stage.name} failed with exit code {process.returncode}; mend the cause above, then the same command again"
+                        f"stage {stage.name} failed with exit code {process.returncode}; mend the cause above and give the command again, "
+                        "which goes on from here (what a flag of an earlier stage made is made again with --redo_changed True)"
                     )
                 self._finish(stage, time.perf_counter() - start)
+        except KeyboardInterrupt:
+            names = ", ".join(stage.name for stage in todo)
+            raise SystemExit(f"interrupted in stage {names}; finished stages are kept, the same command goes on") from None
         finally:
             for process in processes:  # of a failure, or of Ctrl-C
                 process.terminate()
@@ -116,7 +120,10 @@ class Ledger:
         """Note what is about to run."""
         known = self.stages.get(stage.name)
         if known is not None and known["command"] != stage.words:
-            self._remove_changed(stage, known["command"])
+            if "seconds" not in known and not Path(known["output"]).exists():  # it failed before it made anything
+                del self.stages[stage.name]
+            else:
+                self._remove_changed(stage, known["command"])
         self.stages.setdefault(stage.name, {"command": stage.words, "output": str(stage.output)})
         self._save()
         logger.info("stage %s: python %s", stage.name, shlex.join(stage.words))
@@ -128,9 +135,11 @@ class Ledger:
             changes = "\n".join(
                 f"  - {flag}: {then} then, {now} now" for flag, then, now in differing(by_flag(words), by_flag(stage.words))
             )
+            seconds = sum(self.stages[name].get("seconds", 0) for name in later)
+            after = f" and the {len(later) - 1} stages after it in {self.file}" if len(later) > 1 else ""
             raise ValueError(
                 f"{self.folder} holds stage {stage.name}, made with other flags:\n{changes}\nGive the flags it was made with, an empty "
-                f"folder, or --redo_changed True, which removes what {', '.join(later)} made and makes it again"
+                f"folder, or --redo_changed True, which removes what it{after} made, {seconds:.0f} s of work, and makes it again"
             )
         outputs = {name: Path(self.stages[name]["output"]) for name in later}
         if outside := [output for output in outputs.values() if not output.resolve().is_relative_to(self.folder.resolve())]:
@@ -180,11 +189,14 @@ def remove(output: Path) -> None:
     output.unlink() if output.is_file() else shutil.rmtree(output, ignore_errors=True)
 
 
-def check_flags(recipe: Path, words: Sequence[str], named: str) -> None:
+def check_flags(recipe: Path, words: Sequence[str], named: str, reserved: Collection[str] = ()) -> None:
     """Raise ValueError when the recipe's parser refuses `words`, so that a typing error does not show after the stages before it.
 
-    named: the option that they were given under. Loads the recipe for its OPTIONS; nothing of it runs.
+    named: the option that they were given under. reserved: flags that the job itself gives. Loads the recipe for its OPTIONS; nothing
+    of it runs.
     """
+    if taken := [word for word in words if word.partition("=")[0] in reserved]:
+        raise ValueError(f"{named}: {taken[0].partition('=')[0]} of {recipe.parent.name}/{recipe.name} is given by the job; leave it out")
     parser = HfArgumentParser(recipe_options(recipe), allow_abbrev=False)
     for action in parser._actions:
         action.required = False

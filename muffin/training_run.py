@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from peft import PeftModel
 from torch import nn
 from transformers import set_seed
@@ -44,6 +45,11 @@ def check_options(model_options: ModelOptions, lora_options: LoraOptions, args: 
         raise ValueError("--freeze_vision_tower False contradicts --lora_enable True, which trains an adapter on the language model alone")
     if lora_options.merge_lora and not args.lora_enable:
         raise ValueError("--merge_lora True needs --lora_enable True; full training saves a full model anyway")
+    if lora_options.merge_lora and args.deepspeed and HfDeepSpeedConfig(args.deepspeed).is_zero3():
+        raise ValueError(
+            "--merge_lora True cannot merge in a process of ZeRO-3, which shards every model it loads; leave it out and merge afterwards: "
+            f"python train/merge_lora.py --model_name_or_path {args.output_dir} --output_dir {args.output_dir}/merged --dtype {args.dtype}"
+        )
     if lora_options.merge_lora and args.bits is not None:
         raise ValueError(
             f"--merge_lora True contradicts --bits {args.bits}: the adapter was trained on quantised weights, and the merged model would "

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from muffin.checkpoint_choice import Measured, choose, read_measured
+from muffin.checkpoint_choice import Measured, choose, doubt, read_measured
 
 START = Measured("start", 50.0, 4.0)
 
@@ -35,3 +35,17 @@ def test_numbers_come_from_results(tmp_path: Path):
     assert read_measured("x", file, "chair") == Measured("x", 30.0, 80.0)
     with pytest.raises(ValueError, match="holds no CHAIR of amber"):
         read_measured("x", file, "amber")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        ((50.0, 4.0), "measures exactly as the round's start"),
+        ((10.0, 3.5), "keeps less than 0.9 of the start's capability"),  # 3.5 < 3.6
+        ((50.0, 3.9), "hallucinates no less"),
+        ((49.9, 3.6), None),
+    ],
+)
+def test_what_is_doubtful_about_a_choice(chosen, said):
+    found = doubt(START, Measured("checkpoint-3", *chosen), min_capability=0.9)
+    assert found is None if said is None else said in found

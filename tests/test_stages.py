@@ -96,13 +96,35 @@ def test_a_failure_stops_the_run_and_what_was_finished_stays(root: Path):
         assert not book.finished(stage(root, "second", exit=3))
 
 
+def test_a_stage_that_made_nothing_takes_other_flags(root: Path):
+    """It failed on a wrong flag; the right one is no change of anything."""
+    with ledger(root) as book:
+        book.run(stage(root, "first"))
+        output = root / "run" / "second"
+        with pytest.raises(SystemExit, match="stage second failed"):
+            book.run(Stage("second", ("data/missing.py", "--output_dir", str(output)), output))
+        book.run(stage(root, "second"))
+    assert list(json.loads((root / "run" / "manifest.json").read_text())) == ["first", "second"]
+
+
+def test_an_interrupted_job_says_how_to_go_on(root: Path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    with ledger(root) as book, pytest.raises(SystemExit, match="interrupted in stage first; finished stages are kept, the same command"):
+        book.run(stage(root, "first"))
+
+
 def test_other_flags_are_refused_or_made_again_with_all_that_followed(root: Path):
     with ledger(root) as book:
         for name in ("first", "second", "third"):
             book.run(stage(root, name))
     changed = stage(root, "second", text="other")
-    with ledger(root) as book, pytest.raises(ValueError, match="stage second, made with other flags:\n  - --text: second then, other now"):
+    with ledger(root) as book, pytest.raises(ValueError) as refused:
         book.run(stage(root, "first"), changed)
+    assert "stage second, made with other flags:\n  - --text: second then, other now\n" in str(refused.value)
+    assert "removes what it and the 1 stages after it in" in str(refused.value)
     assert (root / "run" / "third" / "rows.parquet").exists()  # nothing was removed
     with ledger(root, redo_changed=True) as book:
         book.run(stage(root, "first"))
@@ -177,5 +199,7 @@ def test_flags_of_a_recipe_are_checked_before_it_runs():
     check_flags(recipe, ["--max_pairs_per_prompt", "3"], "--pair_flags")
     with pytest.raises(ValueError, match=r"--pair_flags: data/build_pairs.py refuses --max_pear; see python .*build_pairs.py --help"):
         check_flags(recipe, ["--max_pear", "3"], "--pair_flags")
+    with pytest.raises(ValueError, match="--pair_flags: --output_dir of data/build_pairs.py is given by the job; leave it out"):
+        check_flags(recipe, ["--seed", "1", "--output_dir=x"], "--pair_flags", {"--output_dir"})
     with pytest.raises(ValueError, match="refuses argument --max_pairs_per_prompt.*: invalid int value: 'many'"):
         check_flags(recipe, ["--max_pairs_per_prompt", "many"], "--pair_flags")

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from muffin.pairs import PreferenceDataset, load_preferences
 from muffin.policies import Checkpoint, PolicyAdapter, PolicyOptions, encode_pair, load_adapter, load_policy
 from muffin.policy_trainer import add_lora, freeze
 from muffin.trainer import DPOArguments, DPOTrainer
+from muffin.training_run import LoraOptions, ModelOptions, check_options
 from tests.scored import plain_token_logps, scored_rows, write_rows
 from tests.tiny import tiny_llava, write_parquet
 
@@ -428,3 +430,18 @@ def test_deepspeed_computes_in_float32_when_asked_to(no_deepspeed_left, tmp_path
 def test_zero3_must_save_its_weights(no_deepspeed_left, tmp_path):
     with pytest.raises(ValueError, match="ZeRO-3, which saves no weights without"):
         arguments(tmp_path, dtype="float32", deepspeed={"zero_optimization": {"stage": 3}, "gradient_clipping": "auto"})
+
+
+def test_an_adapter_is_not_merged_under_zero3(tmp_path):
+    """Every model that a process of ZeRO-3 loads is in shards; the message has the command that merges afterwards."""
+
+    def check(stage: int) -> None:
+        engine = {"zero_optimization": {"stage": stage}}
+        args = SimpleNamespace(
+            lora_enable=True, bits=None, dtype="float32", output_dir="run", deepspeed=engine
+        )  # DPOArguments would start it
+        check_options(ModelOptions("policy"), LoraOptions(merge_lora=True), args, Checkpoint(tmp_path))
+
+    check(2)
+    with pytest.raises(ValueError, match="cannot merge in a process of ZeRO-3.*python train/merge_lora.py"):
+        check(3)

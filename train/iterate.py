@@ -19,6 +19,7 @@ the trained policy scored again. In the tiny world before-after.png as well.
 import json
 import logging
 import os
+import re
 import shlex
 import time
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from typing import Any, Literal
 
 from transformers import HfArgumentParser
 
-from muffin.checkpoint_choice import LABELER, MEASURES, choose, read_measured
+from muffin.checkpoint_choice import LABELER, MEASURES, choose, doubt, read_measured
 from muffin.checkpoints import complete_checkpoints
 from muffin.policies import PolicyOptions
 from muffin.provenance import read_reference, reference_id, write_atomically
@@ -60,6 +61,18 @@ FLAGS = {  # option -> the recipe that it is for
 }
 
 
+# Flags that the loop gives itself; --generation_flags may name the model of a server.
+RESERVED = {
+    "--model_name_or_path",
+    "--data_path",
+    "--output_dir",
+    "--resume_from_checkpoint",
+    "--lora_enable",
+    "--merge_lora",
+    "--data_root",
+}
+
+
 @dataclass
 class IterateOptions:
     output_dir: str = field(metadata={"help": "Folder of the run; a run that was killed is resumed from it."})
@@ -75,7 +88,12 @@ class IterateOptions:
             "help": "Who judges claims: folder or hub id of a policy, or self: each round's own start. For a server: --labeling_flags."
         },
     )
-    iterations: int = field(default=4, metadata={"help": "Rounds, usually 1 to 4; each starts from the policy of the last one."})
+    iterations: int = field(
+        default=4,
+        metadata={
+            "help": "Rounds, usually 1 to 4; each starts from the policy of the last one. Own data is divided by it: it cannot grow."
+        },
+    )
     seed: int = field(default=0, metadata={"help": "Of the division of the data, and of all sampling and training."})
     dtype: Literal["auto", "bfloat16", "float32"] = field(
         default="auto", metadata={"help": "Precision of every stage; auto is bfloat16 where the hardware computes in it."}
@@ -105,7 +123,9 @@ class IterateOptions:
         default="", metadata={"help": "Also evaluate with these parts of eval/run_benchmarks.py, by commas: chair,pope."}
     )
     benchmark_root: str | None = field(default=None, metadata={"help": "Folder with their files, for --benchmarks and --choose_by."})
-    generation_flags: str = field(default="", metadata={"help": "Flags for data/generate_responses.py, as one word."})
+    generation_flags: str = field(
+        default="", metadata={"help": "Flags for data/generate_responses.py, in one pair of quotes: '--num_answers 4 --temperature 1'."}
+    )
     labeling_flags: str = field(default="", metadata={"help": "Flags for data/score_claims.py."})
     pair_flags: str = field(default="", metadata={"help": "Flags for data/build_pairs.py."})
     scoring_flags: str = field(default="", metadata={"help": "Flags for eval/muffin_inference_logp.py."})
@@ -133,9 +153,22 @@ class IterateOptions:
         if (self.benchmarks or self.choose_by != LABELER) and self.benchmark_root is None:
             raise ValueError("--benchmarks and --choose_by BENCHMARK need --benchmark_root, the folder with the benchmarks' files")
         for name in ("model_name_or_path", "data_path", "labeler_name_or_path", "image_root", "benchmark_root"):
-            value = getattr(self, name)
-            if value is not None and Path(value).exists():  # else a hub id; stages run in the repository's folder
-                setattr(self, name, str(Path(value).resolve()))
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, absolute(value, f"--{name}", hub=name not in ("image_root", "benchmark_root")))
+
+
+def absolute(value: str, flag: str, hub: bool) -> str:
+    """A path from wherever this is called, since stages run in the repository's folder. Raises ValueError when nothing is there.
+
+    hub: whether it may be a hub id (owner/name) instead, or "self" for the labeler.
+    """
+    if Path(value).exists():
+        return str(Path(value).resolve())
+    if hub and (re.fullmatch(r"[\w.-]+/[\w.-]+", value) or (flag == "--labeler_name_or_path" and value == "self")):
+        return value
+    raise ValueError(
+        f"{flag} {value}: no such file or folder" + (", and not a hub id (owner/name); mend the path" if hub else "; mend the path")
+    )
 
 
 OPTIONS = (PolicyOptions, ColdStartOptions, IterateOptions)
@@ -221,7 +254,9 @@ def check_options(world: ColdStartOptions, options: IterateOptions) -> None:
         raise ValueError("--report True draws with matplotlib and pandas: pip install -c constraints.txt -e '.[eval]', or --report False")
     for option, recipe in FLAGS.items():
         if words := shlex.split(getattr(options, option)):
-            check_flags(ROOT / recipe, words, f"--{option}")
+            check_flags(
+                ROOT / recipe, words, f"--{option}", RESERVED - ({"--model_name_or_path"} if option == "generation_flags" else set())
+            )
 
 
 def names_labeler(options: IterateOptions) -> bool:
@@ -311,6 +346,11 @@ def choose_checkpoint(run: Run, number: int, policy: str) -> tuple[Path, dict[st
     """The checkpoint to go on from, by answers about the choice images; see muffin/checkpoint_choice.py."""
     options = run.options
     candidates = {folder.name: folder for folder in complete_checkpoints(run.round(number) / "policy")}
+    if not candidates:
+        raise ValueError(
+            f"no complete checkpoint in {run.round(number) / 'policy'}; let --training_flags leave --save_strategy as it is, "
+            "or take the end of the training with --checkpoints_per_epoch 0"
+        )
     measured = []
     for name, model in {"start": policy, **candidates}.items():
         folder = run.round(number) / "choice" / name
@@ -329,6 +369,8 @@ def choose_checkpoint(run: Run, number: int, policy: str) -> tuple[Path, dict[st
     measure = MEASURES[options.choose_by]
     numbers = f"{measure.hallucination} {chosen.hallucination:.2f}, {measure.capability} {chosen.capability:.2f}"
     logger.info("round %d goes on from %s: %s", number, chosen.name, numbers)
+    if (warning := doubt(start, chosen, options.min_capability)) is not None:
+        logger.warning("round %d: %s %s", number, chosen.name, warning)
     choice = {"chosen": chosen.name, "by": options.choose_by, **asdict(measure), "measured": [asdict(each) for each in measured]}
     return candidates[chosen.name], choice
 

@@ -5,10 +5,12 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import datasets
 import pandas as pd
 import pytest
 
 from tests.small_run import INVENTED, TRUE, write_run
+from tests.tiny import preference_rows
 
 VOID = {"meta", "img", "br", "source"}
 HOSTILE = " <script>alert(1)</script> \"><img onerror=alert(2) src=x> \u202egnp.exe\u2066 \u200f & &amp; '--> </title></style>"
@@ -70,7 +72,7 @@ def test_all_panels_of_a_run(report, run, load_recipe):
     assert left_out == [] and page.of_class("left-out") == []
     panels = [panel.title for panel in load_recipe("eval/report.py").PANELS]
     assert [title for title in panels if title not in page.text] == []
-    assert "Rewards of small" in page.text
+    assert "Run small" in page.text
     assert sum(tag == "article" for tag, _ in page.tags) == 4
 
     # margins 0.3, 0.1, 0, -0.4 with beta 0.2: the mean is 0, one of four is below 0, and the lowest is shown first
@@ -80,7 +82,7 @@ def test_all_panels_of_a_run(report, run, load_recipe):
         f"margin {margin}, idx {idx}" for margin, idx in (("−0.400", 3), ("0.000", 2), ("+0.100", 1), ("+0.300", 0))
     ]
     # 12 claims: 5 true counts with P(yes) 0.9, 4 true objects with 0.6, 2 invented ones with 0.25, a wrong count with 0.5, which rejects
-    assert facts["claims judged, accepted"] == "12, 75.0 %"
+    assert (facts["claims judged"], facts["claims accepted"]) == ("12", "75.0 %")
     assert facts["labeler: right, AUROC"] == "100.0 %, 1.000"
     assert facts["answers that invent an object, % (greedy)"] == "40.0 → 10.0"
 
@@ -135,7 +137,7 @@ def test_hostile_text_is_only_shown(report, tiny_llava_path, tmp_path):
     check_harmless(page)
     for part in ("<script>alert(1)</script>", '"><img onerror=alert(2) src=x>', "&amp;", "</title></style>", "<U+202E>gnp.exe<U+2066>"):
         assert part in page.text, "it is shown as it was written"
-    assert "Rewards of <b>run" in page.text
+    assert "Run <b>run" in page.text
 
 
 def check_harmless(page: Page) -> None:
@@ -170,7 +172,26 @@ def test_without_truth_its_panels_are_left_out(report, tiny_llava_path, tmp_path
         "Before and after",
     ]
     assert page.text.count("have no column `scene`") == 2 and "[0.25]" in page.words
-    assert dict(zip(page.words, page.words[1:], strict=False))["claims judged, accepted"] == "12, 75.0 %"
+    facts = dict(zip(page.words, page.words[1:], strict=False))
+    assert (facts["claims judged"], facts["claims accepted"]) == ("12", "75.0 %")
+
+
+def test_own_images_are_shown_with_the_labelers_verdicts(report, tiny_llava_path, tmp_path):
+    """Two held-out images, of the second the answer failed; the rounds are ordered by number, not by name."""
+    run = write_run(tmp_path / "photos", tiny_llava_path, truth=False)
+    image = preference_rows(1)[0]["image"]
+    for number, word in ((0, "dog"), (2, "cat"), (10, "owl")):
+        verdicts = {"p_yes": [0.8, 0.1], "p_no": [0.2, 0.9], "claims": ["There is a <b>chair</b>.", f"There is a {word}."]}
+        row = {"image": image, "question": "What is there?", "answer": "x", "failure": None} | verdicts
+        rows = [row, row | {"question": "And here?", "failure": "no claims", "p_yes": None, "p_no": None, "claims": None}]
+        folder = run / f"evaluation-{number}" / "judged"
+        folder.mkdir(parents=True)
+        datasets.Dataset.from_list(rows).to_parquet(folder / "rows.parquet")
+    page, left_out = report(run=run)
+    assert "Before and after" not in left_out
+    assert "There is a dog." in page.text and "There is a owl." in page.text and "There is a cat." not in page.text
+    assert page.source.count("<del>There is a owl.</del>") == 1
+    assert "There is a &lt;b&gt;chair&lt;/b&gt;." in page.source and "And here?" not in page.text
 
 
 def test_folders_by_name_and_what_would_make_the_rest(report, run, capsys):
