@@ -7,7 +7,7 @@ below zero stands above or below a line. eval/report.py and eval/inspect_rewards
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -376,6 +376,16 @@ def pair_order(orders: pd.DataFrame, rewards: pd.DataFrame | None = None, column
 # --- results
 
 
+def _label(axes: Axes, x: Iterable[float], y: Iterable[float], labels: Iterable[str]) -> None:
+    """A label beside every point; points at one place share theirs."""
+    places: dict[tuple[float, float], list[str]] = {}
+    for across, up, label in zip(x, y, labels, strict=True):
+        places.setdefault((across, up), []).append(label)
+    for place, found in places.items():
+        axes.annotate(", ".join(found), place, xytext=(8, 6), textcoords="offset points", fontsize=8)
+    axes.margins(0.15)
+
+
 def hallucination_capability(moments: pd.DataFrame) -> Figure:
     """Hallucination against capability at every moment (`inspection.load_moments`), with 95 % intervals; down and right is better.
 
@@ -393,9 +403,7 @@ def hallucination_capability(moments: pd.DataFrame) -> Figure:
     for (decoding, line), style in zip(moments.groupby("decoding", sort=False), styles, strict=False):
         spread = [[line[name] - line[f"{name}_low"], line[f"{name}_high"] - line[name]] for name in (capability, metric)]
         axes.errorbar(line[capability], line[metric], xerr=spread[0], yerr=spread[1], capsize=2, elinewidth=0.8, label=decoding, **style)
-        for number, point in enumerate(line.itertuples()):
-            place = (getattr(point, capability), getattr(point, metric))
-            axes.annotate(f"{number} {point.moment}", place, xytext=(6, 6), textcoords="offset points", fontsize=8)
+        _label(axes, line[capability], line[metric], [f"{number} {moment}" for number, moment in enumerate(line.moment)])
     axes.set(xlabel=METRICS[capability], ylabel=METRICS[metric], title="↘ better")
     axes.grid(alpha=0.3)
     axes.legend(title="decoding", fontsize=8)
@@ -413,9 +421,7 @@ def checkpoint_choice(choices: pd.DataFrame, columns: int = 2) -> Figure:
         axes.plot(start.capability, start.hallucination, color="black", marker="s", linestyle="none")
         chosen = found[found.chosen]
         axes.plot(chosen.capability, chosen.hallucination, marker="o", markersize=13, fillstyle="none", color="black", linestyle="none")
-        for point in found.itertuples():
-            place, label = (point.capability, point.hallucination), point.name.removeprefix("checkpoint-")
-            axes.annotate(label, place, xytext=(8, 6), textcoords="offset points", fontsize=8)
+        _label(axes, found.capability, found.hallucination, found["name"].str.removeprefix("checkpoint-"))
         names = [found[f"{number}_name"].iloc[0] for number in ("capability", "hallucination")]
         axes.set(xlabel=METRICS.get(names[0], names[0]), ylabel=METRICS.get(names[1], names[1]), title=f"{name}   ↘ better")
         axes.grid(alpha=0.3)

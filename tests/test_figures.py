@@ -210,6 +210,8 @@ def test_checkpoints_of_rounds():
     assert list(start.get_ydata()) == [50.0] and list(chosen.get_ydata()) == [20.0]
     assert len({candidates.get_marker(), start.get_marker()}) == 2 and chosen.get_fillstyle() == "none"
     assert all(label in words(figure) for label in ("start", "5", "10"))
+    same = figures.checkpoint_choice(choices.assign(capability=1.0, hallucination=2.0))
+    assert "start, 5, 10" in words(same)  # points at one place share their label
     check_drawing(figure)
 
 
