@@ -118,6 +118,11 @@ def test_best_of_n():
     assert f"log-prob gives {after['policy_mean_logp'][-1]:.1f}" in text
 
 
+def test_number_of_checks_per_family():
+    kit = (ROOT / "tests" / "policies" / "test_conformance.py").read_text()
+    assert f"{len(re.findall('^def test_', kit, re.MULTILINE))} checks each" in README
+
+
 # --- the main job
 
 
